@@ -1,0 +1,1 @@
+"""The studies that prove the libraries: command line, data, training, results."""

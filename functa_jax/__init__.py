@@ -1,0 +1,1 @@
+"""Images as functions: SIREN, Functa and Spatial Functa."""

@@ -1,0 +1,1 @@
+"""Optimisation that finds structure while it trains."""

@@ -1,0 +1,1 @@
+"""Smaller networks: what to remove, and removing it."""
