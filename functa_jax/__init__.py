@@ -1,1 +1,27 @@
-"""Images as functions: SIREN, Functa and Spatial Functa."""
+"""Images as functions: networks whose small latent, fitted in a few gradient steps, is the image."""
+
+from functa_jax.coords import coordinate_grid, subsample
+from functa_jax.inner_loop import curvature, fit_latents
+from functa_jax.meta import MetaParams, MetaState, init_meta, meta_loss, meta_step
+from functa_jax.metrics import psnr, psnr_from_mse
+from functa_jax.modulation import ModulatedSiren
+from functa_jax.rendering import render
+from functa_jax.siren import Siren, sine
+
+__all__ = [
+    "MetaParams",
+    "MetaState",
+    "ModulatedSiren",
+    "Siren",
+    "coordinate_grid",
+    "curvature",
+    "fit_latents",
+    "init_meta",
+    "meta_loss",
+    "meta_step",
+    "psnr",
+    "psnr_from_mse",
+    "render",
+    "sine",
+    "subsample",
+]
