@@ -1,7 +1,6 @@
 """Results as text: a console table, Markdown tables, and the report that sets our numbers beside the published ones."""
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import rich.box
 import rich.table
 import rich.text
 
+from experiments.files import write_atomically
 from experiments.published import REPORTS, table
 
 SCHEMA = 1  # of result.json
@@ -150,7 +150,7 @@ def write_report(results: Sequence[dict], path: Path) -> None:
     for study in dict.fromkeys(result["study"] for result in results):
         groups = _groups([result for result in results if result["study"] == study])
         blocks += [f"## {study}", *_comparisons(groups), *_own_tables(groups), *_runs(groups)]
-    _write_atomically(Path(path), "\n\n".join(blocks) + "\n")
+    write_atomically(Path(path), "\n\n".join(blocks) + "\n")
 
 
 def _config(result: dict) -> str:
@@ -281,14 +281,3 @@ def _layout(columns: Sequence[str], rows: Sequence[Row]) -> tuple[list[list[str]
 
 def _escape(text: str) -> str:
     return " ".join(text.split()).replace("|", r"\|")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write beside the target, then rename over it: a reader, or a crash, never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""Figures, drawn from what a run logged and nothing else."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_INK, _MUTED, _GRID = "#222222", "#666666", "#dddddd"
+_COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02")
+
+
+def image_rows(rows: Mapping[str, np.ndarray], path: Path, *, title: str, cell: float = 1.1) -> None:
+    """Draws rows of images of one size on the page, each row with its name; no image is interpolated.
+
+    Args:
+      rows: name -> uint8 (N, H, W, C); H and W may differ between rows, N may not.
+      path: PNG to write.
+      title: above all.
+      cell: side of an image on the page, inches.
+    """
+    count = len(next(iter(rows.values())))
+    label = 1.5
+    figure = Figure(figsize=(label + count * cell, len(rows) * cell + 0.45), dpi=150)
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes, (name, images) in zip(grid, rows.items(), strict=True):
+        for axis, image in zip(axes, images, strict=True):
+            axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=label / width, right=1 - 0.05 / width, top=1 - 0.4 / height, bottom=0.05 / height, wspace=0.06, hspace=0.06
+    )
+    figure.suptitle(title, fontsize=10, color=_INK, y=1 - 0.12 / height, va="top")
+    save(figure, path)
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Draws lines named at their ends, and horizontal levels (such as a published number) named on the line.
+
+    Args:
+      series: name -> x and y values.
+      path: PNG to write.
+      title: above.
+      x_label: with unit.
+      y_label: with unit.
+      levels: name -> y.
+    """
+    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for colour, (name, (x, y)) in zip(_COLOURS, series.items(), strict=False):
+        axis.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(x) < 30 else None, markersize=3)
+        axis.annotate(
+            f"{name}: {y[-1]:.2f}",
+            (x[-1], y[-1]),
+            xytext=(-4, 7),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=colour,
+        )
+    for name, level in (levels or {}).items():
+        axis.axhline(level, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axis.annotate(
+            f"{name}: {level:g}",
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=_MUTED,
+        )
+    axis.margins(y=0.15)
+    axis.grid(axis="y", color=_GRID, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(x_label, color=_INK)
+    axis.set_ylabel(y_label, color=_INK)
+    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    FigureCanvasAgg(figure)
+    figure.savefig(partial, format="png", metadata={"Software": None})
+    partial.replace(path)

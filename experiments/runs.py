@@ -1,0 +1,228 @@
+"""One run: its folder, claimed by one process at a time, and its result with provenance."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+
+from experiments.config import Options, differences
+from experiments.files import write_atomically
+from experiments.tables import SCHEMA, check_result
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class RunError(RuntimeError):
+    """The run folder cannot be used as asked; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a study is given to work with.
+
+    Attributes:
+      study: name.
+      preset: name.
+      directory: the run's folder.
+      options: where and how to run.
+      console: for the person watching; silent on all but the first process.
+      command: that makes this run, or resumes it.
+    """
+
+    study: str
+    preset: str
+    directory: Path
+    options: Options
+    console: rich.console.Console
+    command: str
+
+    @property
+    def first_process(self) -> bool:
+        """Whether this process writes the files."""
+        return jax.process_index() == 0
+
+
+def directory_of(study: str, preset: str, seed: int, options: Options) -> Path:
+    """Folder of a run: RUNS_DIR/STUDY/PRESET-SEED, or RUNS_DIR/STUDY/RUN_NAME.
+
+    Raises:
+      RunError: a run name that is not a plain folder name.
+    """
+    name = options.run_name or f"{preset}-{seed}"
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise RunError(f"run name {name!r} must be a plain folder name: letters, digits, '.', '_', '+', '-'")
+    return options.runs_dir / study / name
+
+
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Holds the run folder; the hold ends with the process, however it ends.
+
+    Raises:
+      RunError: another process holds it.
+    """
+    if jax.process_index() != 0:  # the first process of a job holds it for all
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise RunError(
+                f"{directory} is in use by another process ({holder}): wait for it to end, or give this run another "
+                "folder with --run-name"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def check_config(directory: Path, config: Any) -> None:
+    """Writes the config into a new run folder, or compares it with that of an existing one.
+
+    Raises:
+      RunError: the folder belongs to a run with another config; shows the differing fields.
+    """
+    asked = as_json(config)
+    path = directory / "config.json"
+    if path.exists():
+        lines = differences(asked, json.loads(path.read_text(encoding="utf-8")))
+        if lines:
+            raise RunError(
+                f"{directory} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
+                "give this run another folder with --run-name, or delete that one"
+            )
+    elif jax.process_index() == 0:
+        write_atomically(path, json.dumps(asked, indent=2) + "\n")
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as what JSON makes of it (tuples become lists, paths text)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return plain
+
+
+def write_result(run: Run, config: Any, started: datetime, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes `result.json`: the study's numbers with their provenance.
+
+    Args:
+      run: the run.
+      config: its config.
+      started: when this command was started.
+      content: metrics, table, comparisons, figures; `metrics["train_seconds"]`, if there, counts earlier sessions too.
+
+    Returns:
+      The whole result, as written.
+    """
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    result = {
+        "schema": SCHEMA,
+        "study": run.study,
+        "preset": run.preset,
+        "seed": config.seed,
+        "command": run.command,
+        "config": as_json(config),
+        **content,
+        "provenance": provenance(started, seconds),
+    }
+    check_result(result, str(run.directory))
+    if run.first_process:
+        write_atomically(run.directory / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """The result of a finished run, or None.
+
+    Raises:
+      RunError: the file is damaged.
+    """
+    path = directory / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_result(result, str(path))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); delete it and run again: training is not repeated") from error
+    return result
+
+
+def provenance(started: datetime, seconds: float) -> dict[str, Any]:
+    """Where a number comes from: time, device, versions, commit."""
+    commit, dirty = _git()
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "device": describe_devices(),
+        "versions": versions,
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+def describe_devices() -> str:
+    """Kind and number of devices and processes, such as "cpu x1 (2 cores, AMD EPYC)"."""
+    devices = jax.devices()
+    text = f"{devices[0].device_kind} x{len(devices)}"
+    if devices[0].platform == "cpu":
+        text += f" ({os.cpu_count()} cores, {_processor()})"
+    if jax.process_count() > 1:
+        text += f", {jax.process_count()} processes"
+    return text
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as a person would type it, without the paths of this machine."""
+    path_options = ("--runs-dir", "--data-dir")
+    kept, skip = [], False
+    for argument in arguments:
+        name = argument.split("=")[0].replace("_", "-")
+        if not skip and name not in path_options:
+            kept.append(argument)
+        skip = not skip and name in path_options and "=" not in argument
+    return shlex.join(["python", "-m", "experiments", *kept])
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.fromtimestamp(time.time(), UTC)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git() -> tuple[str | None, bool]:
+    def git(*arguments: str) -> str:
+        root = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, False

@@ -1,0 +1,408 @@
+"""Functa: meta-learn a network whose latent, fitted in three gradient steps, is the image.
+
+Reference: Dupont et al. 2022, arXiv:2201.12204; report A, section 1 (its configurations 1 and 2).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import functa_jax as fj
+from experiments import data, logs, plots, training
+from experiments.config import Preset
+from experiments.published import published
+from experiments.runs import Run
+
+SUMMARY = "Meta-learn a Functa: a modulated SIREN that fits any image of a set in three gradient steps"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides the result of a run.
+
+    Attributes:
+      dataset: name of a data set (see `data list`).
+      seed: of initialisation, data order and subsampling.
+      train_images: how many images of the train split to use; None: all.
+      width: units in each hidden layer.
+      depth: number of linear layers, the output layer included.
+      latent: size of the latent.
+      w0: frequency factor of the sines.
+      modulate: what the latent does to each layer.
+      hidden: hidden widths of the latent-to-modulation MLP; () is a linear map.
+      inner_steps: gradient steps to fit a latent.
+      inner_rate: rate of the inner steps; None: `inner_rate_scale` / curvature of the inner loss at the start.
+      inner_rate_scale: see inner_rate; below 2 the first steps are stable whatever the network's size.
+      meta_sgd: learn a rate for each dimension of the latent.
+      second_order: differentiate through the inner gradients.
+      inner_loss_weight: weight of report A's extra meta-loss term.
+      updates: "relative" scales outer updates to the weights they change (stable at every size); "adam" is plain Adam.
+      learning_rate: of the outer loop; a fraction of each weight's size a step for "relative".
+      schedule: of the outer learning rate.
+      points: random pixels of each image a step; None: all of them.
+      batch_size: images a step.
+      microbatch: images whose gradient is computed at once on a CPU, for its cache; accelerators take the whole batch.
+      matmul: dtype of the big matrix products; sines and parameters stay float32.
+      steps: outer steps.
+      steps_per_call: steps in one call of the compiled loop.
+      evaluate_every: steps between evaluations on held-out images of the train split.
+      checkpoint_every: steps between checkpoints.
+      validation_images: images of each evaluation.
+    """
+
+    dataset: str = "mnist"
+    seed: int = 0
+    train_images: int | None = None
+    width: int = 256
+    depth: int = 6
+    latent: int = 256
+    w0: float = 30.0
+    modulate: Literal["shift", "scale", "both"] = "shift"
+    hidden: tuple[int, ...] = ()
+    inner_steps: int = 3
+    inner_rate: float | None = None
+    inner_rate_scale: float = 1.0
+    meta_sgd: bool = True
+    second_order: bool = True
+    inner_loss_weight: float = 0.0
+    updates: Literal["relative", "adam"] = "relative"
+    learning_rate: float = 1e-2
+    schedule: Literal["constant", "cosine"] = "cosine"
+    points: int | None = None
+    batch_size: int = 16
+    microbatch: int = 2
+    matmul: Literal["float32", "bfloat16"] = "float32"
+    steps: int = 1000
+    steps_per_call: int = 20
+    evaluate_every: int = 200
+    checkpoint_every: int = 200
+    validation_images: int = 512
+
+
+_A1 = Config(
+    width=256,
+    depth=6,
+    latent=256,
+    w0=30.0,
+    inner_rate=0.01,
+    meta_sgd=False,
+    second_order=False,
+    inner_loss_weight=1.0,
+    updates="adam",
+    learning_rate=3e-5,
+    schedule="constant",
+    batch_size=128,
+    steps=200_000,
+    steps_per_call=50,
+    evaluate_every=5_000,
+    checkpoint_every=1_000,
+)
+_A2 = Config(
+    width=512,
+    depth=16,
+    latent=512,
+    w0=30.0,
+    inner_rate=0.01,
+    second_order=False,
+    inner_loss_weight=1.0,
+    updates="adam",
+    learning_rate=3e-6,
+    schedule="constant",
+    batch_size=32,
+    steps=200_000,
+    steps_per_call=50,
+    evaluate_every=5_000,
+    checkpoint_every=1_000,
+)
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Trains, then fits every test image and measures it.
+
+    Returns:
+      metrics, table, comparisons and figures for `result.json`.
+    """
+    mesh = training.data_mesh()
+    train = data.load(config.dataset, "train", data_dir=run.options.data_dir).images[: config.train_images]
+    held_out = data.load(config.dataset, "validation", data_dir=run.options.data_dir).images[: config.validation_images]
+    height, width, channels = train.shape[1:]
+    model = _model(config, channels)
+    coords = fj.coordinate_grid((height, width)).reshape(-1, 2)
+    latent_init = jnp.zeros(config.latent)
+    model_params, rates = jax.jit(_initialise, static_argnums=(0, 1))(config, (height, width, channels))
+    optimizer = _optimizer(config)
+    state = fj.init_meta(model_params, rates, optimizer)
+
+    def loss_fn(params: fj.MetaParams, points: Array, targets: Array) -> Array:
+        return fj.meta_loss(
+            model.apply,
+            params.model,
+            points,
+            targets,
+            latent_init,
+            steps=config.inner_steps,
+            learning_rate=params.rates if config.meta_sgd else jax.lax.stop_gradient(params.rates),
+            second_order=config.second_order,
+            inner_loss_weight=config.inner_loss_weight,
+            batched=True,
+        )
+
+    outer_step = fj.meta_step(loss_fn, optimizer, microbatch=_microbatch(config))
+
+    def step(state: fj.MetaState, batch: dict[str, Array], key: Array) -> tuple[fj.MetaState, dict[str, Array]]:
+        targets = _to_unit(batch["image"]).reshape(config.batch_size, -1, channels)
+        if config.points is None:
+            return outer_step(state, coords, targets)
+        return outer_step(state, *fj.subsample(key, coords, targets, config.points))
+
+    fit = _fitter(config, model, mesh, coords, latent_init)
+    shown = held_out[:8]
+
+    def evaluate(state: fj.MetaState, step: int, log: logs.Log) -> dict[str, float]:
+        latents, errors = fit(state.params, held_out)
+        log.images(step, "reconstructions", _render(model, state.params, latents[:8], shown.shape[1:3]))
+        return {f"validation_{name}": value for name, value in _psnr(errors).items()}
+
+    plan = training.Plan(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        steps_per_call=config.steps_per_call,
+        evaluate_every=config.evaluate_every,
+        checkpoint_every=config.checkpoint_every,
+    )
+    state, times = training.fit(
+        run,
+        step,
+        state,
+        {"image": train},
+        plan,
+        seed=config.seed,
+        mesh=mesh,
+        evaluate=evaluate,
+        best_metric="validation_psnr",
+    )
+    return _measure(config, run, model, state.params, fit, times)
+
+
+def _measure(
+    config: Config, run: Run, model: fj.ModulatedSiren, params: fj.MetaParams, fit: Callable, times: dict[str, float]
+) -> dict[str, Any]:
+    """The final numbers, on the test split."""
+    test = data.load(config.dataset, "test", data_dir=run.options.data_dir).images
+    latents, errors = fit(params, test)
+    height, width, channels = test.shape[1:]
+    log = logs.Log(run.directory, config.steps, enabled=run.first_process)
+    log.images(config.steps, "test_originals", test[:8])
+    log.images(config.steps, "test_reconstructions", _render(model, params, latents[:8], (height, width)))
+    log.images(config.steps, "test_4x", _render(model, params, latents[:8], (4 * height, 4 * width)))
+    log.close()
+    count = sum(leaf.size for leaf in jax.tree.leaves(params.model))
+    metrics = {
+        **{f"test_{name}": value for name, value in _psnr(errors).items()},
+        "test_images": len(test),
+        "latent_size": config.latent,
+        "values_per_image": height * width * channels,
+        "parameters": count,
+        **times,
+    }
+    rows = [
+        ["PSNR, mean of per-image, dB", metrics["test_psnr"]],
+        ["PSNR of the mean squared error, dB", metrics["test_psnr_of_mean_mse"]],
+        ["test images", len(test)],
+        ["latent size", config.latent],
+        ["values per image", height * width * channels],
+        ["parameters of the shared network", count],
+        ["training time, s", round(times["train_seconds"], 1)],
+    ]
+    return {
+        "metrics": metrics,
+        "table": {"title": f"{config.dataset}, test split", "columns": ["quantity", "value"], "rows": rows},
+        "comparisons": _comparisons(config, metrics["test_psnr"]),
+        "figures": ["reconstructions.png", "psnr.png", "phases.png"],
+    }
+
+
+def draw(directory: Path, result: dict[str, Any]) -> None:
+    """Draws the figures of a finished run from its logs and result."""
+    images = directory / "images.jsonl"
+    step = result["config"]["steps"]
+    metrics = result["metrics"]
+    rows = {
+        "original": logs.read_images(images, "test_originals")[step],
+        "reconstruction": logs.read_images(images, "test_reconstructions")[step],
+        "same latent, 4x": logs.read_images(images, "test_4x")[step],
+    }
+    title = (
+        f"{result['config']['dataset']}: {metrics['values_per_image']} values as a latent of {metrics['latent_size']}, "
+        f"fitted in {result['config']['inner_steps']} steps; test images, mean {metrics['test_psnr']:.2f} dB"
+    )
+    plots.image_rows(rows, directory / "reconstructions.png", title=title)
+    records = logs.read_lines(directory / "metrics.jsonl")
+    plots.curves(
+        {"PSNR": logs.curve(records, "validation_psnr")},
+        directory / "psnr.png",
+        title=f"{result['study']} {result['preset']}: held-out images of the train split",
+        x_label="outer steps",
+        y_label="PSNR, mean of per-image, dB",
+        levels={f"report {c['report']}, table {c['table']}": c["published"] for c in result["comparisons"]},
+    )
+    snapshots = logs.read_images(images, "reconstructions")
+    steps = sorted(snapshots)
+    chosen = sorted({steps[round(i)] for i in np.geomspace(1, len(steps), num=min(6, len(steps))) - 1})
+    plots.image_rows(
+        {f"step {s}": snapshots[s] for s in chosen},
+        directory / "phases.png",
+        title=f"{result['study']} {result['preset']}: the same held-out images during training",
+    )
+
+
+def _model(config: Config, channels: int) -> fj.ModulatedSiren:
+    return fj.ModulatedSiren(
+        width=config.width,
+        depth=config.depth,
+        out_features=channels,
+        w0=config.w0,
+        modulate=config.modulate,
+        hidden=config.hidden,
+        compute_dtype=jnp.bfloat16 if config.matmul == "bfloat16" else None,
+    )
+
+
+def _initialise(config: Config, shape: tuple[int, int, int]) -> tuple[Any, Array]:
+    model_key, curvature_key = jax.random.split(jax.random.key(config.seed))
+    model = _model(config, shape[2])
+    coords, latent = fj.coordinate_grid(shape[:2]), jnp.zeros(config.latent)
+    variables = model.init(model_key, coords, latent)
+    rate = config.inner_rate
+    if rate is None:
+        rate = config.inner_rate_scale / fj.curvature(model.apply, variables, coords, latent, curvature_key)
+    return variables, jnp.full((config.latent,), rate)
+
+
+def _microbatch(config: Config) -> int | None:
+    if jax.default_backend() != "cpu":
+        return None
+    return min(config.batch_size, config.microbatch * jax.device_count())
+
+
+def _fitter(
+    config: Config, model: fj.ModulatedSiren, mesh: jax.sharding.Mesh, coords: Array, latent_init: Array
+) -> Callable[[fj.MetaParams, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(params, uint8 images) -> latents (N, L) and mean squared errors (N,), as in training, over all devices."""
+    block = 32 * jax.device_count()
+    sharding = NamedSharding(mesh, P(None, "data"))
+
+    @jax.jit
+    def fit_blocks(params: fj.MetaParams, blocks: Array) -> tuple[Array, Array]:
+        def one(images: Array) -> tuple[Array, Array]:
+            latents, losses = fj.fit_latents(
+                model.apply,
+                params.model,
+                coords,
+                _to_unit(images).reshape(block, -1, images.shape[-1]),
+                latent_init,
+                steps=config.inner_steps,
+                learning_rate=params.rates,
+                batched=True,
+            )
+            return latents, losses[:, -1]
+
+        latents, errors = jax.lax.map(one, jax.lax.with_sharding_constraint(blocks, sharding))
+        everywhere = NamedSharding(mesh, P())
+        return jax.lax.with_sharding_constraint((latents, errors), everywhere)
+
+    def fit(params: fj.MetaParams, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        missing = -len(images) % block
+        padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
+        blocks = training.replicate(padded.reshape(-1, block, *images.shape[1:]), mesh)
+        latents, errors = jax.device_get(fit_blocks(params, blocks))
+        return latents.reshape(len(padded), -1)[: len(images)], errors.reshape(-1)[: len(images)]
+
+    return fit
+
+
+def _render(model: fj.ModulatedSiren, params: fj.MetaParams, latents: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    local = jax.device_get(params.model)  # rendered by each process for itself
+    images = fj.render(model.apply, local, latents, shape)
+    return np.asarray(jnp.rint(jnp.clip(images, 0, 1) * 255), dtype=np.uint8)
+
+
+def _to_unit(images: Array) -> Array:
+    return images.astype(jnp.float32) / 255
+
+
+def _psnr(errors: np.ndarray) -> dict[str, float]:
+    return {
+        "psnr": float(np.mean(fj.psnr_from_mse(errors))),
+        "psnr_of_mean_mse": float(fj.psnr_from_mse(np.mean(errors, dtype=np.float64))),
+    }
+
+
+def _comparisons(config: Config, ours: float) -> list[dict[str, Any]]:
+    rows = {"mnist": (1, "MNIST"), "cifar10": (1, "CIFAR10")}
+    if config.dataset not in rows:
+        return []
+    row = rows[config.dataset]
+    configuration2 = config.dataset == "mnist" and (config.width, config.depth) == (_A2.width, _A2.depth)
+    row = (2, "MNIST") if configuration2 else row
+    return [
+        {
+            "quantity": "PSNR on test images, dB",
+            "setting": f"{row[1]}, latent {config.latent}",
+            "ours": ours,
+            "report": "A",
+            "table": 2,
+            "published": published("A", 2, row=row, column="PSNR, dB"),
+            "published_setting": f"configuration {row[0]}",
+            "higher_is_better": True,
+            "note": "Ours is the mean of per-image PSNR on [0, 1]; the report does not say which mean it gives.",
+        }
+    ]
+
+
+PRESETS = {
+    "tiny": Preset(
+        Config(
+            dataset="digits",
+            width=16,
+            depth=3,
+            latent=8,
+            w0=10.0,
+            batch_size=8,
+            microbatch=8,
+            steps=60,
+            steps_per_call=5,
+            evaluate_every=20,
+            checkpoint_every=10,
+            validation_images=16,
+        ),
+        "a few seconds, to try the machinery",
+        "10 s on two CPU cores",
+        "no useful picture",
+    ),
+}
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    rate = (
+        config.learning_rate
+        if config.schedule == "constant"
+        else optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    )
+    if config.updates == "adam":
+        return optax.adam(rate)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.99),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_learning_rate(rate),
+    )
