@@ -1,8 +1,10 @@
 """Command line: list, run, report, data."""
 
 import argparse
+import itertools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,18 +13,15 @@ import rich.markup
 
 from experiments import config, tables
 
+_PACKAGES = ("experiments", "functa_jax", "optim_jax", "prune_jax", "__main__")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser()
     if arguments[:1] == ["run"]:  # its fields belong to the preset, and are parsed by tyro
-        positional = [argument for argument in arguments[1:3] if not argument.startswith("-")]
-        asked_help = [a for a in arguments[1:] if a in ("-h", "--help")]
-        if len(positional) < 2:
-            return _help_run(positional) if asked_help or not positional else _missing_preset(positional[0])
-        return _guarded(lambda: _run(positional[0], positional[1], arguments))
-    parsed = parser.parse_args(arguments)
+        return _guarded(lambda: _run(arguments))
+    parsed = _parser().parse_args(arguments)
     return _guarded(lambda: parsed.action(parsed))
 
 
@@ -54,34 +53,18 @@ def _parser() -> argparse.ArgumentParser:
 def _list() -> int:
     console = rich.console.Console()
     for name in config.STUDIES:
-        study = config.study(name)
-        rows = [[preset, entry.summary, entry.time, entry.expect] for preset, entry in study.PRESETS.items()]
-        console.print(f"\n[bold]{name}[/]  {study.SUMMARY}")
-        console.print(tables.console_table(["preset", "what", "time", "expect"], rows))
-    console.print("\nRun one: python -m experiments run STUDY PRESET [--field value ...]")
+        _print_presets(console, name)
+    console.print(
+        "\nRun one: python -m experiments run STUDY PRESET [--field value ...]", markup=False, highlight=False
+    )
     return 0
 
 
-def _help_run(positional: list[str]) -> int:
-    print("usage: python -m experiments run STUDY PRESET [--field value ...]\n")
-    print("All fields of a preset: python -m experiments run STUDY PRESET --help")
-    for name in config.STUDIES if not positional else positional:
-        study = config.study(name)
-        print(f"\n{name}: {study.SUMMARY}")
-        for preset, entry in study.PRESETS.items():
-            print(f"  {preset:<16} {entry.summary} ({entry.time})")
-    return 0
-
-
-def _missing_preset(name: str) -> int:
-    return _guarded(lambda: _refuse(f"run {name} needs a preset: one of {', '.join(config.study(name).PRESETS)}"))
-
-
-def _refuse(message: str) -> int:
-    raise ValueError(message)
-
-
-def _run(study_name: str, preset_name: str, arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:3]))
+    if len(names) < 2:
+        return _help_run(names, asked=not {"-h", "--help"}.isdisjoint(arguments))
+    study_name, preset_name = names
     preset = config.preset(study_name, preset_name)
     asked, options = config.parse(
         preset.config,
@@ -93,6 +76,23 @@ def _run(study_name: str, preset_name: str, arguments: list[str]) -> int:
 
     execute.execute(study_name, preset_name, asked, options, arguments)
     return 0
+
+
+def _help_run(names: list[str], asked: bool) -> int:
+    """What may follow `run` or `run STUDY`; an error unless asked for."""
+    console = rich.console.Console(stderr=not asked)
+    console.print("usage: python -m experiments run STUDY PRESET [--field value ...]", markup=False, highlight=False)
+    for name in names or config.STUDIES:
+        _print_presets(console, name)
+    console.print("\nAll fields of a preset: python -m experiments run STUDY PRESET --help", highlight=False)
+    return 0 if asked else 2
+
+
+def _print_presets(console: rich.console.Console, study_name: str) -> None:
+    study = config.study(study_name)
+    rows = [[preset, entry.summary, entry.time, entry.expect] for preset, entry in study.PRESETS.items()]
+    console.print(f"\n[bold]{study_name}[/]  {study.SUMMARY}", highlight=False)
+    console.print(tables.console_table(["preset", "what", "time", "expect"], rows))
 
 
 def _report(runs_dir: Path, results_dir: Path) -> int:
@@ -124,15 +124,28 @@ def _data_prepare(name: str, data_dir: Path | None, archives: Path | None) -> in
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """Expected failures become one clear message; set COMPACT_JAX_TRACEBACK=1 to see where one comes from."""
+    """Failures that explain themselves become one message; set COMPACT_JAX_TRACEBACK=1 to see where one comes from."""
+    console = rich.console.Console(stderr=True)
     try:
         return action()
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        if os.environ.get("COMPACT_JAX_TRACEBACK"):
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from what is saved")
+        return 130
+    except Exception as error:
+        if os.environ.get("COMPACT_JAX_TRACEBACK") or not _explains_itself(error):
             raise
-        console = rich.console.Console(stderr=True)
-        console.print(f"[bold red]error:[/] {rich.markup.escape(str(error))}", highlight=False, soft_wrap=True)
+        text = rich.markup.escape(str(error))
+        console.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         return 1
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether the message was written for the user, so that a traceback would only bury it; all others are bugs."""
+    if isinstance(error, OSError):
+        return True
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    raised_here = innermost.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES  # not in a library below
+    return raised_here and isinstance(error, ValueError | RuntimeError | FloatingPointError)
 
 
 if __name__ == "__main__":

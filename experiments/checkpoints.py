@@ -1,8 +1,12 @@
 """Checkpoints of a training run: asynchronous, checksummed, the newest few and the best one kept."""
 
+import contextlib
+import dataclasses
 import hashlib
+import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +45,13 @@ class Checkpoints:
     ):
         self.directory = Path(directory).resolve()
         self._best_metric, self._warn = best_metric, warn
-        policies = ocp.training.preservation_policies
-        policy: Any = policies.LatestN(keep)
-        if best_metric is not None:
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics[best_metric], n=1, keep_checkpoints_without_metrics=False
-            )
-            policy = policies.AnyPreservationPolicy([policy, best])
+        self._ratings: dict[int, float] = {}  # step -> best_metric
         self._orbax = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policy, cleanup_tmp_directories=True
+            self.directory, preservation_policy=_NewestAndBest(keep, self._ratings), cleanup_tmp_directories=True
         )
+        for step in self.steps():
+            with contextlib.suppress(Exception), _quiet():  # damaged; found again, and said, when it is loaded
+                self._rate(step, self._record(step)["metrics"])
 
     def save(
         self, step: int, state: PyTree, *, metrics: dict[str, float] | None = None, extra: dict[str, Any] | None = None
@@ -60,14 +61,16 @@ class Checkpoints:
         Args:
           step: number of steps made.
           state: pytree of arrays.
-          metrics: of this state; needed for it to become the best.
+          metrics: of this state; without `best_metric` among them it cannot become the best.
           extra: anything JSON can hold, returned by `restore`.
 
         Raises:
           CheckpointError: the disk is full or the directory not writable. Earlier checkpoints are unharmed.
         """
-        record = {"digests": digests(state), "extra": extra or {}}
-        self._guarded(lambda: self._orbax.save_async(step, state, force=True, metrics=metrics, custom_metadata=record))
+        record: dict[str, Any] = {"arrays": digests(state), "metrics": metrics or {}, "extra": extra or {}}
+        record["digest"] = _digest_of_json(record)
+        self._rate(step, record["metrics"])
+        self._guarded(lambda: self._orbax.save_async(step, state, force=True, custom_metadata=record))
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -98,17 +101,19 @@ class Checkpoints:
           like: pytree of arrays with the shapes, dtypes and shardings to load into.
 
         Raises:
-          CheckpointError: there are checkpoints, but every one is damaged.
+          CheckpointError: there are checkpoints, but every one is damaged; or they are of other arrays than `like`.
         """
         found = self.steps()
         for step in reversed(found):
+            problem = ""
             try:
-                state, extra = self._load(step, like)
+                with _quiet():
+                    state, extra = self._load(step, like)
+            except _OtherArrays as error:  # the program has changed; the checkpoint is good
+                raise CheckpointError(f"checkpoint {step} in {self.directory} does not fit: {error}") from None
             except Exception as error:  # Orbax raises whatever its storage layer does
-                problem = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            else:
-                problem = None
-            if not _any_process(problem is not None):
+                problem = _first_line(error)
+            if not _any_process(bool(problem)):
                 return step, state, extra
             self._set_aside(step, problem or "damaged as another process reads it")
         if found:
@@ -124,20 +129,35 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, or it is damaged.
         """
-        rated = [c for c in self._orbax.checkpoints if c.metrics and self._best_metric in c.metrics]
-        if not rated:
+        step = _best(self._ratings, self.steps())
+        if step is None:
             raise CheckpointError(f"no checkpoint in {self.directory} has the metric {self._best_metric!r}")
-        step = max(rated, key=lambda checkpoint: checkpoint.metrics[self._best_metric]).step
-        return step, self._load(step, like)[0]
+        try:
+            return step, self._load(step, like)[0]
+        except Exception as error:
+            raise CheckpointError(f"the best checkpoint, {step} in {self.directory}, is damaged: {error}") from error
+
+    def _rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._best_metric is not None and self._best_metric in metrics:
+            self._ratings[step] = metrics[self._best_metric]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        record = dict(self._orbax.metadata(step).custom_metadata or {})
+        if record.pop("digest", None) != _digest_of_json(record):
+            raise ValueError("checksum of the metadata does not match")
+        return record
 
     def _load(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        record = self._orbax.metadata(step).custom_metadata
+        record = self._record(step)
+        saved = record["arrays"]
+        other = _changed({name: text.rpartition(" ")[0] for name, text in saved.items()}, _forms(like))
+        if other:
+            raise _OtherArrays("it has not the arrays that this program trains; they differ in " + ", ".join(other))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         state = self._orbax.load(step, abstract)
-        now = digests(state)
-        changed = [name for name, digest in record["digests"].items() if now.get(name) != digest]
-        if changed or len(now) != len(record["digests"]):
-            raise ValueError(f"checksum of {', '.join(changed) or 'the tree'} does not match")
+        damaged = _changed(saved, digests(state))
+        if damaged:
+            raise ValueError(f"checksum of {', '.join(damaged)} does not match")
         return state, record["extra"]
 
     def _set_aside(self, step: int, problem: str) -> None:
@@ -156,23 +176,71 @@ class Checkpoints:
             action()
         except Exception as error:
             free = shutil.disk_usage(self.directory).free if self.directory.exists() else 0
-            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"could not write a checkpoint to {self.directory} ({free / 1e6:.1f} MB free): {reason}. "
+                f"could not write a checkpoint to {self.directory} ({free / 1e6:.1f} MB free): {_first_line(error)}. "
                 f"Earlier checkpoints are unharmed (steps {self.steps()}); make room and run the same command again."
             ) from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the pages that Orbax and asyncio log about a damaged file: it is said once, by `warn`."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+class _OtherArrays(Exception):
+    """A good checkpoint of arrays with other names, dtypes or shapes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestAndBest(ocp.training.preservation_policies.PreservationPolicy):
+    """Which checkpoints stay. Orbax has such a policy, but cannot be opened when the file of its metrics is damaged."""
+
+    keep: int
+    ratings: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = {*steps[-self.keep :], _best(self.ratings, steps)}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _best(ratings: Mapping[int, float], steps: Sequence[int]) -> int | None:
+    return max((step for step in steps if step in ratings), key=lambda step: ratings[step], default=None)
+
+
 def digests(state: PyTree) -> dict[str, str]:
-    """Digest of every array of a pytree by its path; covers values, dtype and shape."""
-    found = {}
+    """Returns "dtype(shape) digest" of every array of a pytree, by its path."""
+    forms, found = _forms(state), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         # Replicated over processes as well: every process reads its own copy.
         array = np.asarray(leaf if leaf.is_fully_addressable else leaf.addressable_data(0))
-        digest = hashlib.blake2b(f"{array.dtype.name}{array.shape}".encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        found[jax.tree_util.keystr(path)] = digest.hexdigest()
+        digest = hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8).data, digest_size=16).hexdigest()
+        name = jax.tree_util.keystr(path)
+        found[name] = f"{forms[name]} {digest}"
     return found
+
+
+def _forms(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype.name}{leaf.shape}" for path, leaf in leaves}
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def _digest_of_json(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _any_process(condition: bool) -> bool:

@@ -1,7 +1,7 @@
 """From a parsed command to a finished run, and from finished runs to the report."""
 
 import os
-import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import rich.console
 
 from experiments import config, runs, tables
 from experiments.config import Options
+from experiments.files import write_atomically
 
 
 def execute(study_name: str, preset_name: str, asked: Any, options: Options, arguments: list[str]) -> dict[str, Any]:
@@ -29,14 +30,15 @@ def execute(study_name: str, preset_name: str, asked: Any, options: Options, arg
       RunError: the run folder is in use, or belongs to another config.
       and what the study raises.
     """
-    started = runs.now()
+    started = datetime.now(UTC)
+    jax.config.update("jax_traceback_filtering", "off")  # an error shows where it really comes from
     use_compilation_cache()
     join_processes(options)
     study = config.study(study_name)
     first = jax.process_index() == 0
     console = rich.console.Console(quiet=not first)
     directory = runs.directory_of(study_name, preset_name, asked.seed, options)
-    run = runs.Run(study_name, preset_name, directory, options, console, runs.command_line(arguments))
+    run = runs.Run(study_name, preset_name, directory, options, console, tuple(arguments))
     with runs.claimed(directory):
         runs.check_config(directory, asked)
         result = runs.read_result(directory)
@@ -73,34 +75,49 @@ def summarise(console: rich.console.Console, directory: Path, result: dict[str, 
 def report(runs_dir: Path, results_dir: Path) -> Path:
     """Copies results and figures of all finished runs into `results_dir` and writes its README.md.
 
-    Results that are there from earlier reports stay, so that the report can be made again without their runs.
+    Results that are there from earlier reports, also of other machines, stay: only a newer result of the same folder
+    name replaces one. So the report can be made again without the runs.
 
     Returns:
       The path of the README.
 
     Raises:
-      ValueError: no results, or a damaged one.
+      ValueError: no results.
+      RunError: a damaged result, or one whose figures are missing.
     """
-    for result in tables.load_results(runs_dir):
-        source = runs_dir / result["study"] / f"{result['preset']}-{result['seed']}"
-        if not source.exists():
+    for source, result in _results(runs_dir):
+        target = results_dir / source.parent.name / source.name
+        there = runs.read_result(target)
+        if there is not None and _started(there) >= _started(result):
             continue
-        target = results_dir / result["study"] / source.name
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ["result.json", *result["figures"]]:
-            shutil.copyfile(source / name, target / name)
-    collected = tables.load_results(results_dir)
-    for result in collected:
-        folder = f"{result['study']}/{result['preset']}-{result['seed']}"
-        result["figures"] = [f"{folder}/{figure}" for figure in result["figures"]]
+        missing = [figure for figure in result["figures"] if not (source / figure).exists()]
+        if missing:
+            raise runs.RunError(f"{source} lacks {', '.join(missing)}; to draw them again: {result['command']}")
+        for figure in result["figures"]:
+            write_atomically(target / figure, (source / figure).read_bytes())
+        write_atomically(target / "result.json", (source / "result.json").read_bytes())
+    collected = []
+    for folder, result in _results(results_dir):
+        figures = [(folder / figure).relative_to(results_dir).as_posix() for figure in result["figures"]]
+        collected.append({**result, "figures": figures})
     path = results_dir / "README.md"
     tables.write_report(collected, path)
     return path
 
 
+def _results(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every `STUDY/RUN` folder with a result, in a fixed order."""
+    found = [(path.parent, runs.read_result(path.parent)) for path in sorted(directory.glob("*/*/result.json"))]
+    return [(folder, result) for folder, result in found if result is not None]
+
+
+def _started(result: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(result["provenance"]["started"])
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         base = os.environ.get("COMPACT_JAX_CACHE")
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         cache = (Path(base).expanduser() if base else home / "compact-jax") / "compiled"

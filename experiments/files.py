@@ -1,18 +1,36 @@
-"""Writing text so that a crash never leaves half a file."""
+"""Writing files so that a crash never leaves half a file, and a failure says which one."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the target, then renames over it: a reader, or a crash, never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes beside the target, then renames over it: a reader, or a crash, never meets half a file.
+
+    Raises:
+      OSError: the disk is full, or the directory not writable; names the file.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file to an OSError that does not name one, as those of a full disk do not."""
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise

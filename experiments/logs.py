@@ -14,7 +14,7 @@ import rich.console
 import rich.progress
 from PIL import Image
 
-from experiments.files import write_atomically
+from experiments.files import naming, write_atomically
 
 
 class Log:
@@ -31,19 +31,20 @@ class Log:
     """
 
     def __init__(self, directory: Path, step: int, *, tensorboard: bool = False, enabled: bool = True):
+        self._directory = directory
         self._files: dict[str, io.TextIOWrapper] = {}
         self._events: Any = None
         if not enabled:
             return
         for name in ("metrics", "images"):
-            path = directory / f"{name}.jsonl"
+            path = self._path(name)
             kept = [line for line in read_lines(path) if line["step"] <= step] if path.exists() else []
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._files[name] = path.open("a", encoding="utf-8")
         if tensorboard:
             import tensorboardX
 
-            self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+            self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers that belong to the state after `step` steps."""
@@ -62,14 +63,19 @@ class Log:
 
     def close(self) -> None:
         """Closes the files."""
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            with naming(self._path(name)):
+                file.close()
         if self._events is not None:
             self._events.close()
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(record) + "\n")
-        self._files[name].flush()
+        with naming(self._path(name)):
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

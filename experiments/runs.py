@@ -9,8 +9,7 @@ import platform
 import re
 import shlex
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +19,11 @@ import jax
 import rich.console
 
 from experiments.config import Options, differences
-from experiments.files import write_atomically
+from experiments.files import naming, write_atomically
 from experiments.tables import SCHEMA, check_result
 
+_PROGRAM = ("python", "-m", "experiments")
+_OF_THIS_MACHINE = ("--runs-dir", "--data-dir", "--coordinator-address", "--num-processes", "--process-id")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -40,7 +41,7 @@ class Run:
       directory: the run's folder.
       options: where and how to run.
       console: for the person watching; silent on all but the first process.
-      command: that makes this run, or resumes it.
+      arguments: of the command line.
     """
 
     study: str
@@ -48,7 +49,12 @@ class Run:
     directory: Path
     options: Options
     console: rich.console.Console
-    command: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """The command that resumes the run."""
+        return shlex.join([*_PROGRAM, *self.arguments])
 
     @property
     def first_process(self) -> bool:
@@ -89,28 +95,34 @@ def claimed(directory: Path) -> Iterator[None]:
                 f"{directory} is in use by another process ({holder}): wait for it to end, or give this run another "
                 "folder with --run-name"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with naming(directory / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
         yield
 
 
 def check_config(directory: Path, config: Any) -> None:
-    """Writes the config into a new run folder, or compares it with that of an existing one.
+    """Compares the config with that of the run in the folder, if there is one; else writes it there.
+
+    A run that got to no checkpoint, as one whose config was wrong, does not count.
 
     Raises:
-      RunError: the folder belongs to a run with another config; shows the differing fields.
+      RunError: the folder belongs to a run with another config; shows the differing fields. Or its file is damaged.
     """
+    if jax.process_index() != 0:  # the first process of a job checks for all
+        return
     asked = as_json(config)
     path = directory / "config.json"
-    if path.exists():
-        lines = differences(asked, json.loads(path.read_text(encoding="utf-8")))
+    begun = (directory / "result.json").exists() or any(directory.glob("**/checkpoints/[0-9]*"))
+    if begun and path.exists():
+        lines = differences(asked, _read_json(path, hint="delete it to write it anew"))
         if lines:
             raise RunError(
                 f"{directory} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
                 "give this run another folder with --run-name, or delete that one"
             )
-    elif jax.process_index() == 0:
+    else:
         write_atomically(path, json.dumps(asked, indent=2) + "\n")
 
 
@@ -138,7 +150,7 @@ def write_result(run: Run, config: Any, started: datetime, content: dict[str, An
         "study": run.study,
         "preset": run.preset,
         "seed": config.seed,
-        "command": run.command,
+        "command": portable_command(run.arguments),
         "config": as_json(config),
         **content,
         "provenance": provenance(started, seconds),
@@ -158,12 +170,23 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     path = directory / "result.json"
     if not path.exists():
         return None
+    hint = "delete it and run again: training is not repeated"
+    result = _read_json(path, hint)
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         check_result(result, str(path))
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); delete it and run again: training is not repeated") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # whatever JSON can be
+        raise RunError(f"{path} is damaged ({error}); {hint}") from error
     return result
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); {hint}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (not a JSON object); {hint}")
+    return content
 
 
 def provenance(started: datetime, seconds: float) -> dict[str, Any]:
@@ -191,21 +214,15 @@ def describe_devices() -> str:
     return text
 
 
-def command_line(arguments: list[str]) -> str:
-    """The command as a person would type it, without the paths of this machine."""
-    path_options = ("--runs-dir", "--data-dir")
+def portable_command(arguments: Sequence[str]) -> str:
+    """The command as a person would type it elsewhere: without the paths and addresses of this machine."""
     kept, skip = [], False
     for argument in arguments:
         name = argument.split("=")[0].replace("_", "-")
-        if not skip and name not in path_options:
+        if not skip and name not in _OF_THIS_MACHINE:
             kept.append(argument)
-        skip = not skip and name in path_options and "=" not in argument
-    return shlex.join(["python", "-m", "experiments", *kept])
-
-
-def now() -> datetime:
-    """The time, in UTC."""
-    return datetime.fromtimestamp(time.time(), UTC)
+        skip = not skip and name in _OF_THIS_MACHINE and "=" not in argument
+    return shlex.join([*_PROGRAM, *kept])
 
 
 def _processor() -> str:

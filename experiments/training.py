@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -27,7 +26,7 @@ Batch = Mapping[str, Array]
 StepFunction = Callable[[PyTree, Batch, Array], tuple[PyTree, dict[str, Array]]]
 
 
-class TrainingDiverged(ArithmeticError):
+class TrainingDiverged(FloatingPointError):
     """A metric or a parameter became NaN or infinite; the message names step and metric."""
 
 
@@ -55,7 +54,7 @@ class Plan:
     checkpoint_every: int
     host_data: bool = False
 
-    def check(self, examples: int, devices: int, processes: int) -> None:
+    def check(self, examples: int, devices: int) -> None:
         """Raises ValueError for numbers that do not fit together."""
         for name in ("steps", "batch_size", "steps_per_call", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -72,8 +71,6 @@ class Plan:
         if self.batch_size % devices:
             near = max(1, round(self.batch_size / devices)) * devices
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of the {devices} devices; try {near}")
-        if self.host_data and processes > 1 and self.batch_size % processes:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of the {processes} processes")
 
 
 def data_mesh() -> Mesh:
@@ -130,42 +127,44 @@ def fit(
       CheckpointError: a checkpoint cannot be written, or all are damaged.
       Stopped: SIGTERM or Ctrl-C arrived; the state is saved.
     """
-    examples = len(next(iter(data.values())))
-    plan.check(examples, jax.device_count(), jax.process_count())
-    checkpoints = Checkpoints(
-        run.directory / "checkpoints", best_metric=best_metric, warn=lambda text: run.console.print(f"[red]{text}[/]")
-    )
-    state = replicate(state, mesh)
-    step, seconds = 0, 0.0
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        step, state, extra = restored
-        seconds = extra["train_seconds"]
-        if step < plan.steps:
-            run.console.print(f"resuming at step {step} of {plan.steps}")
-    log = Log(run.directory, step, tensorboard=run.options.tensorboard, enabled=run.first_process)
-    if plan.host_data:
-        feed: Iterator[Batch] = _host_feed(data, plan, seed, step, mesh)
-    else:
-        feed = itertools.repeat(replicate(dict(data), mesh))
-    advance = _compile(step_fn, plan, mesh, examples)
-    compile_seconds, ready = 0.0, {}
-    late: tuple[int, dict[str, Array]] | None = None  # metrics of the call before, fetched while the next one runs
+    lengths = {name: len(array) for name, array in data.items()}
+    examples = next(iter(lengths.values()))
+    if set(lengths.values()) != {examples}:
+        raise ValueError(f"the arrays of data must have one length in common, got {lengths}")
+    plan.check(examples, jax.device_count())
+    if best_metric is not None and evaluate is None:
+        raise ValueError(f"best_metric={best_metric!r} needs evaluate, which measures it")
+
+    def say(text: str, style: str | None = None) -> None:
+        run.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    compile_seconds, ready = 0.0, {}  # ready: the loop compiled for a number of steps; the last call may be shorter
+    late: tuple[int, Mapping[str, Array]] | None = None  # metrics of the call before, fetched while the next one runs
     shown: dict[str, float] = {}
 
     def fetch() -> None:
         nonlocal late
         if late is not None:
-            first, metrics = late
-            late = None
+            (first, metrics), late = late, None
             _record(log, first, jax.device_get(metrics), shown)
 
     with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(
+            run.directory / "checkpoints", best_metric=best_metric, warn=lambda text: say(text, style="red")
+        )
         stack.enter_context(_naming_last_good(checkpoints))
-        stack.callback(log.close)
         stack.callback(checkpoints.close)
-        if isinstance(feed, Generator):
-            stack.callback(feed.close)
+        state = replicate(state, mesh)
+        step, seconds = 0, 0.0
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            step, state, extra = restored
+            seconds = extra["train_seconds"]
+            say(f"resuming at step {step} of {plan.steps}")
+        log = Log(run.directory, step, tensorboard=run.options.tensorboard, enabled=run.first_process)
+        stack.callback(log.close)
+        feed = stack.enter_context(contextlib.closing(_feed(data, plan, seed, step, mesh)))
+        advance = _compile(step_fn, plan, mesh, examples)
         stop = stack.enter_context(_stop_signals())
         progress = stack.enter_context(Progress(run.console, plan.steps, step, f"{run.study} {run.preset}"))
         while step < plan.steps:
@@ -181,10 +180,8 @@ def fit(
             fetch()
             late = (step, metrics)
             step += count
-            if jax.process_count() > 1:
-                jax.block_until_ready(state)  # several processes on CPU must not have two collectives in flight
+            asked_to_stop = _anywhere(bool(stop), after=state)
             evaluating = step % plan.evaluate_every == 0 or step == plan.steps
-            asked_to_stop = _anywhere(bool(stop))
             saving = evaluating or asked_to_stop or step % plan.checkpoint_every == 0
             if saving:
                 fetch()
@@ -193,17 +190,17 @@ def fit(
             progress.update(step, shown)
             if saving:
                 _check_finite(state, step)
-                measured = evaluate(state, step, log) if evaluate and evaluating and not asked_to_stop else None
+                measured = evaluate(state, step, log) if evaluate and evaluating else None
                 if measured is not None:
+                    _check_measured(step, measured, best_metric)
                     log.scalars(step, measured)
-                    _check_metrics(step, measured)
                     shown.update(measured)
                     progress.update(step, shown)
                 checkpoints.save(step, state, metrics=measured, extra={"train_seconds": seconds})
-            if asked_to_stop and step < plan.steps:
+            if asked_to_stop:
                 checkpoints.wait()
-                run.console.print(f"stopped at step {step} of {plan.steps}, all saved. To go on: {run.command}")
-                raise Stopped(128 + stop[0] if stop else 143)
+                say(f"stopped at step {step} of {plan.steps}, all saved. To go on: {run.command}")
+                raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
         checkpoints.wait()
     return state, {"train_seconds": seconds, "compile_seconds": compile_seconds}
 
@@ -251,9 +248,12 @@ def _compile(step_fn: StepFunction, plan: Plan, mesh: Mesh, examples: int) -> An
     )
 
 
-def _host_feed(
-    data: Mapping[str, np.ndarray], plan: Plan, seed: int, step: int, mesh: Mesh
-) -> Generator[Batch, None, None]:
+def _feed(data: Mapping[str, np.ndarray], plan: Plan, seed: int, step: int, mesh: Mesh) -> Generator[Batch, None, None]:
+    """What each call takes its batches from: the whole data on the device, or the next block from the host."""
+    if not plan.host_data:
+        arrays = replicate(dict(data), mesh)
+        while True:
+            yield arrays
     blocks = host_batches(
         data,
         batch_size=plan.batch_size,
@@ -263,22 +263,25 @@ def _host_feed(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    sharding = NamedSharding(mesh, P(None, "data"))
     with contextlib.closing(blocks):
         for block in blocks:
-            yield {
-                name: jax.make_array_from_process_local_data(NamedSharding(mesh, P(None, "data")), array)
-                for name, array in block.items()
-            }
+            yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in block.items()}
 
 
 def _record(log: Log, first: int, metrics: dict[str, np.ndarray], shown: dict[str, float]) -> None:
-    """Logs the mean over one call, under the step it ended at; raises at the first step that is not finite."""
+    """Logs the mean over one call, under the step it ended at; raises at the first step that is not finite.
+
+    Steps are counted as everywhere: step 1 is the first one, and metrics logged at step n belong to the state after n.
+    """
+    if not metrics:
+        return
     count = len(next(iter(metrics.values())))
     finite = {name: np.isfinite(values) for name, values in metrics.items()}
     bad = [(int(np.argmin(ok)), name) for name, ok in finite.items() if not ok.all()]
     if bad:
         offset, name = min(bad)
-        raise TrainingDiverged(f"step {first + offset}: {name} is {metrics[name][offset]}")
+        raise TrainingDiverged(f"step {first + offset + 1}: {name} is {metrics[name][offset]}")
     means = {name: float(np.mean(values, dtype=np.float64)) for name, values in metrics.items()}
     log.scalars(first + count, means)
     shown.update(means)
@@ -294,7 +297,9 @@ def _naming_last_good(checkpoints: Checkpoints) -> Iterator[None]:
         raise TrainingDiverged(f"{error}; {kept} in {checkpoints.directory}") from None
 
 
-def _check_metrics(step: int, metrics: Mapping[str, float]) -> None:
+def _check_measured(step: int, metrics: Mapping[str, float], best_metric: str | None) -> None:
+    if best_metric is not None and best_metric not in metrics:
+        raise ValueError(f"best_metric={best_metric!r} is not among the metrics of evaluate: {', '.join(metrics)}")
     for name, value in metrics.items():
         if not np.isfinite(value):
             raise TrainingDiverged(f"step {step}: {name} is {value}")
@@ -333,11 +338,12 @@ def _stop_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
 
 
-def _anywhere(condition: bool) -> bool:
+def _anywhere(condition: bool, after: PyTree) -> bool:
     """Whether the condition holds in any process; all must ask."""
     if jax.process_count() == 1:
         return condition
+    jax.block_until_ready(after)  # processes on CPU must not have two collectives in flight
     return bool(multihost_utils.process_allgather(np.array(condition)).any())

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 PyTree = Any
-Apply = Callable[[PyTree, Array, PyTree], Array]
+Apply = Callable[..., Any]  # (params, coords (..., d), latent) -> prediction (..., C)
 
 # Up to this many steps are written out by default: faster code, at a few seconds of compilation.
 _UNROLLED_STEPS = 4
@@ -140,7 +141,7 @@ def curvature(
       >>> round(float(value), 3)
       9.0
     """
-    flat, unflatten = jax.flatten_util.ravel_pytree(latent)
+    flat, unflatten = ravel_pytree(latent)
 
     def predict(z: Array) -> Array:
         return apply_fn(params, coords, unflatten(z))
@@ -175,13 +176,11 @@ def _check(coords: Array, targets: Array, steps: int) -> bool:
 
 def _rates_of_steps(learning_rate: PyTree, latent: PyTree, steps: int, per_step: bool) -> PyTree:
     """Rates as a pytree like the latent, leaves (steps, 1, ...): step, batch, latent."""
-    structure = jax.tree.structure(latent)
-    if jax.tree.structure(learning_rate) != structure:
-        if not jax.tree.structure(learning_rate).num_leaves == 1:
-            raise ValueError(
-                f"learning_rate must be a scalar or a pytree like one latent ({structure}), "
-                f"got {jax.tree.structure(learning_rate)}"
-            )
+    structure: Any = jax.tree.structure(latent)
+    given: Any = jax.tree.structure(learning_rate)
+    if given != structure:
+        if given.num_leaves != 1:
+            raise ValueError(f"learning_rate must be a scalar or a pytree like one latent ({structure}), got {given}")
         learning_rate = jax.tree.unflatten(structure, jax.tree.leaves(learning_rate) * structure.num_leaves)
 
     def expand(rate: Array, z: Array) -> Array:
@@ -189,7 +188,7 @@ def _rates_of_steps(learning_rate: PyTree, latent: PyTree, steps: int, per_step:
         lead = (steps,) if per_step else ()
         if rate.shape not in (lead, lead + shape):
             raise ValueError(
-                f"learning_rate has shape {rate.shape}; for a latent of shape {shape} it must be {lead} or {lead + shape}"
+                f"learning_rate has shape {rate.shape}; a latent of shape {shape} needs {lead} or {lead + shape}"
                 + (f" (rates_per_step, {steps} steps)" if per_step else "")
             )
         rate = rate if per_step else rate[None]

@@ -130,7 +130,7 @@ def meta_step(
         params = optax.apply_updates(state.params, updates)
         if rate_bounds is not None:
             params = params._replace(rates=jax.tree.map(lambda r: jnp.clip(r, *rate_bounds), params.rates))
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return MetaState(state.step + 1, params, opt_state), metrics
 
     return step

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 
 def psnr(prediction: Array, target: Array, *, data_range: float = 1.0) -> Array:
@@ -28,10 +29,11 @@ def psnr(prediction: Array, target: Array, *, data_range: float = 1.0) -> Array:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {prediction.shape} and target {target.shape} must have the same shape")
     axes = tuple(range(-min(3, prediction.ndim), 0))
-    return psnr_from_mse(jnp.mean(jnp.square(prediction - target), axis=axes), data_range=data_range)
+    error = 1.0 * prediction - target  # 1.0: the difference of two bytes would wrap around
+    return psnr_from_mse(jnp.mean(jnp.square(error), axis=axes), data_range=data_range)
 
 
-def psnr_from_mse(mse: Array, *, data_range: float = 1.0) -> Array:
+def psnr_from_mse(mse: ArrayLike, *, data_range: float = 1.0) -> Array:
     """10 log10(data_range^2 / mse), in dB.
 
     Args:
@@ -42,4 +44,4 @@ def psnr_from_mse(mse: Array, *, data_range: float = 1.0) -> Array:
       >>> float(psnr_from_mse(jnp.float32(0.01)))
       20.0
     """
-    return 10 * jnp.log10(data_range**2 / mse)
+    return 10 * jnp.log10(data_range**2 / jnp.asarray(mse))

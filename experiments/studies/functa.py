@@ -3,8 +3,8 @@
 Reference: Dupont et al. 2022, arXiv:2201.12204; report A, section 1 (its configurations 1 and 2).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import functa_jax as fj
 from experiments import data, logs, plots, training
 from experiments.config import Preset
+from experiments.models.functa import Functa, to_unit
 from experiments.published import published
 from experiments.runs import Run
 
@@ -43,6 +42,7 @@ class Config:
       inner_rate: rate of the inner steps; None: `inner_rate_scale` / curvature of the inner loss at the start.
       inner_rate_scale: see inner_rate; below 2 the first steps are stable whatever the network's size.
       meta_sgd: learn a rate for each dimension of the latent.
+      rates_per_step: learn them for each inner step.
       second_order: differentiate through the inner gradients.
       inner_loss_weight: weight of report A's extra meta-loss term.
       updates: "relative" scales outer updates to the weights they change (stable at every size); "adam" is plain Adam.
@@ -72,6 +72,7 @@ class Config:
     inner_rate: float | None = None
     inner_rate_scale: float = 1.0
     meta_sgd: bool = True
+    rates_per_step: bool = False
     second_order: bool = True
     inner_loss_weight: float = 0.0
     updates: Literal["relative", "adam"] = "relative"
@@ -134,42 +135,33 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     mesh = training.data_mesh()
     train = data.load(config.dataset, "train", data_dir=run.options.data_dir).images[: config.train_images]
     held_out = data.load(config.dataset, "validation", data_dir=run.options.data_dir).images[: config.validation_images]
-    height, width, channels = train.shape[1:]
-    model = _model(config, channels)
-    coords = fj.coordinate_grid((height, width)).reshape(-1, 2)
-    latent_init = jnp.zeros(config.latent)
-    model_params, rates = jax.jit(_initialise, static_argnums=(0, 1))(config, (height, width, channels))
+    functa = build(config, train.shape[1:], mesh)
+    variables, rates = jax.jit(partial(functa.initialise, rate=config.inner_rate, rate_scale=config.inner_rate_scale))(
+        jax.random.key(config.seed)
+    )
     optimizer = _optimizer(config)
-    state = fj.init_meta(model_params, rates, optimizer)
 
-    def loss_fn(params: fj.MetaParams, points: Array, targets: Array) -> Array:
-        return fj.meta_loss(
-            model.apply,
-            params.model,
+    def loss(params: fj.MetaParams, points: Array, targets: Array) -> Array:
+        rates = params.rates if config.meta_sgd else jax.lax.stop_gradient(params.rates)
+        return functa.loss(
+            params._replace(rates=rates),
             points,
             targets,
-            latent_init,
-            steps=config.inner_steps,
-            learning_rate=params.rates if config.meta_sgd else jax.lax.stop_gradient(params.rates),
             second_order=config.second_order,
             inner_loss_weight=config.inner_loss_weight,
-            batched=True,
         )
 
-    outer_step = fj.meta_step(loss_fn, optimizer, microbatch=_microbatch(config))
+    outer_step = fj.meta_step(loss, optimizer, microbatch=_microbatch(config))
 
-    def step(state: fj.MetaState, batch: dict[str, Array], key: Array) -> tuple[fj.MetaState, dict[str, Array]]:
-        targets = _to_unit(batch["image"]).reshape(config.batch_size, -1, channels)
-        if config.points is None:
-            return outer_step(state, coords, targets)
-        return outer_step(state, *fj.subsample(key, coords, targets, config.points))
-
-    fit = _fitter(config, model, mesh, coords, latent_init)
-    shown = held_out[:8]
+    def step(state: fj.MetaState, batch: training.Batch, key: Array) -> tuple[fj.MetaState, dict[str, Array]]:
+        points, targets = functa.coords, to_unit(batch["image"]).reshape(config.batch_size, -1, train.shape[-1])
+        if config.points is not None:
+            points, targets = fj.subsample(key, points, targets, config.points)
+        return outer_step(state, points, targets)
 
     def evaluate(state: fj.MetaState, step: int, log: logs.Log) -> dict[str, float]:
-        latents, errors = fit(state.params, held_out)
-        log.images(step, "reconstructions", _render(model, state.params, latents[:8], shown.shape[1:3]))
+        latents, errors = functa.fit(state.params, held_out)
+        log.images(step, "reconstructions", functa.render(state.params, latents[:8]))
         return {f"validation_{name}": value for name, value in _psnr(errors).items()}
 
     plan = training.Plan(
@@ -182,7 +174,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     state, times = training.fit(
         run,
         step,
-        state,
+        fj.init_meta(variables, rates, optimizer),
         {"image": train},
         plan,
         seed=config.seed,
@@ -190,37 +182,35 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         evaluate=evaluate,
         best_metric="validation_psnr",
     )
-    return _measure(config, run, model, state.params, fit, times)
+    return _measure(config, run, functa, state.params, times)
 
 
 def _measure(
-    config: Config, run: Run, model: fj.ModulatedSiren, params: fj.MetaParams, fit: Callable, times: dict[str, float]
+    config: Config, run: Run, functa: Functa, params: fj.MetaParams, times: dict[str, float]
 ) -> dict[str, Any]:
     """The final numbers, on the test split."""
     test = data.load(config.dataset, "test", data_dir=run.options.data_dir).images
-    latents, errors = fit(params, test)
-    height, width, channels = test.shape[1:]
+    latents, errors = functa.fit(params, test)
     log = logs.Log(run.directory, config.steps, enabled=run.first_process)
     log.images(config.steps, "test_originals", test[:8])
-    log.images(config.steps, "test_reconstructions", _render(model, params, latents[:8], (height, width)))
-    log.images(config.steps, "test_4x", _render(model, params, latents[:8], (4 * height, 4 * width)))
+    log.images(config.steps, "test_reconstructions", functa.render(params, latents[:8]))
+    log.images(config.steps, "test_4x", functa.render(params, latents[:8], scale=4))
     log.close()
-    count = sum(leaf.size for leaf in jax.tree.leaves(params.model))
     metrics = {
         **{f"test_{name}": value for name, value in _psnr(errors).items()},
         "test_images": len(test),
         "latent_size": config.latent,
-        "values_per_image": height * width * channels,
-        "parameters": count,
+        "values_per_image": int(np.prod(functa.image_shape)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params.model)),
         **times,
     }
     rows = [
         ["PSNR, mean of per-image, dB", metrics["test_psnr"]],
         ["PSNR of the mean squared error, dB", metrics["test_psnr_of_mean_mse"]],
-        ["test images", len(test)],
-        ["latent size", config.latent],
-        ["values per image", height * width * channels],
-        ["parameters of the shared network", count],
+        ["test images", metrics["test_images"]],
+        ["latent size", metrics["latent_size"]],
+        ["values per image", metrics["values_per_image"]],
+        ["parameters of the shared network", metrics["parameters"]],
         ["training time, s", round(times["train_seconds"], 1)],
     ]
     return {
@@ -265,8 +255,9 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     )
 
 
-def _model(config: Config, channels: int) -> fj.ModulatedSiren:
-    return fj.ModulatedSiren(
+def build(config: Config, image_shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> Functa:
+    height, width, channels = image_shape
+    model = fj.ModulatedSiren(
         width=config.width,
         depth=config.depth,
         out_features=channels,
@@ -275,69 +266,13 @@ def _model(config: Config, channels: int) -> fj.ModulatedSiren:
         hidden=config.hidden,
         compute_dtype=jnp.bfloat16 if config.matmul == "bfloat16" else None,
     )
-
-
-def _initialise(config: Config, shape: tuple[int, int, int]) -> tuple[Any, Array]:
-    model_key, curvature_key = jax.random.split(jax.random.key(config.seed))
-    model = _model(config, shape[2])
-    coords, latent = fj.coordinate_grid(shape[:2]), jnp.zeros(config.latent)
-    variables = model.init(model_key, coords, latent)
-    rate = config.inner_rate
-    if rate is None:
-        rate = config.inner_rate_scale / fj.curvature(model.apply, variables, coords, latent, curvature_key)
-    return variables, jnp.full((config.latent,), rate)
+    return Functa(model, (height, width, channels), config.latent, config.inner_steps, config.rates_per_step, mesh)
 
 
 def _microbatch(config: Config) -> int | None:
     if jax.default_backend() != "cpu":
         return None
     return min(config.batch_size, config.microbatch * jax.device_count())
-
-
-def _fitter(
-    config: Config, model: fj.ModulatedSiren, mesh: jax.sharding.Mesh, coords: Array, latent_init: Array
-) -> Callable[[fj.MetaParams, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """(params, uint8 images) -> latents (N, L) and mean squared errors (N,), as in training, over all devices."""
-    block = 32 * jax.device_count()
-    sharding = NamedSharding(mesh, P(None, "data"))
-
-    @jax.jit
-    def fit_blocks(params: fj.MetaParams, blocks: Array) -> tuple[Array, Array]:
-        def one(images: Array) -> tuple[Array, Array]:
-            latents, losses = fj.fit_latents(
-                model.apply,
-                params.model,
-                coords,
-                _to_unit(images).reshape(block, -1, images.shape[-1]),
-                latent_init,
-                steps=config.inner_steps,
-                learning_rate=params.rates,
-                batched=True,
-            )
-            return latents, losses[:, -1]
-
-        latents, errors = jax.lax.map(one, jax.lax.with_sharding_constraint(blocks, sharding))
-        everywhere = NamedSharding(mesh, P())
-        return jax.lax.with_sharding_constraint((latents, errors), everywhere)
-
-    def fit(params: fj.MetaParams, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        missing = -len(images) % block
-        padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
-        blocks = training.replicate(padded.reshape(-1, block, *images.shape[1:]), mesh)
-        latents, errors = jax.device_get(fit_blocks(params, blocks))
-        return latents.reshape(len(padded), -1)[: len(images)], errors.reshape(-1)[: len(images)]
-
-    return fit
-
-
-def _render(model: fj.ModulatedSiren, params: fj.MetaParams, latents: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    local = jax.device_get(params.model)  # rendered by each process for itself
-    images = fj.render(model.apply, local, latents, shape)
-    return np.asarray(jnp.rint(jnp.clip(images, 0, 1) * 255), dtype=np.uint8)
-
-
-def _to_unit(images: Array) -> Array:
-    return images.astype(jnp.float32) / 255
 
 
 def _psnr(errors: np.ndarray) -> dict[str, float]:

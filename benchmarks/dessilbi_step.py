@@ -1,0 +1,139 @@
+"""What DessiLBI costs over its base optimizer, side by side in one process: the optimizer alone and the training step.
+
+    python -m benchmarks.dessilbi_step
+
+All competitors stay compiled and take turns, and each turn's time is divided by the plain base's in the same round, so
+that a drifting machine cancels out. A turn is one jitted `lax.scan` of steps with donated state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optim_jax import dessilbi
+
+Layers = tuple[tuple[int, ...], ...]  # kernel shapes, HWIO and (in, out); a 0 stands for a 2x2 max-pooling
+
+LENET: Layers = ((5, 5, 1, 6), (0,), (5, 5, 6, 16), (0,), (5, 5, 16, 120), (120, 84), (84, 10))
+VGG_A: Layers = (
+    *((3, 3, 3, 64), (0,), (3, 3, 64, 128), (0,), (3, 3, 128, 256), (3, 3, 256, 256), (0,)),
+    *((3, 3, 256, 512), (3, 3, 512, 512), (0,), (3, 3, 512, 512), (3, 3, 512, 512), (0,)),
+    *((512, 512), (512, 512), (512, 10)),
+)
+
+BASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+    "adam": optax.adam,
+}
+
+
+def init(layers: Layers) -> list[dict[str, jax.Array]]:
+    """He-normal kernels; a convolution also has the scale and bias of its BatchNorm, a dense layer its bias."""
+    params = []
+    for i, shape in enumerate(layers):
+        if shape != (0,):
+            kernel = jax.nn.initializers.he_normal()(jax.random.key(i), shape)
+            norm = {"scale": jnp.ones(shape[-1])} if len(shape) == 4 else {}
+            params.append({"kernel": kernel, "bias": jnp.zeros(shape[-1]), **norm})
+    return params
+
+
+def loss(params: list[dict[str, jax.Array]], batch: tuple[jax.Array, jax.Array], layers: Layers) -> jax.Array:
+    """Cross-entropy of the network that `layers` draws, with BatchNorm on the batch's statistics."""
+    x, labels = batch
+    remaining = iter(params)
+    for shape in layers:
+        if shape == (0,):
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            continue
+        layer = next(remaining)
+        if len(shape) == 4:
+            x = jax.lax.conv_general_dilated(
+                x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jax.nn.standardize(x, axis=(0, 1, 2)) * layer["scale"].reshape(1, 1, 1, -1)
+            x = jax.nn.relu(x + layer["bias"].reshape(1, 1, 1, -1))
+        else:
+            x = x.mean((1, 2)) if x.ndim == 4 else jax.nn.relu(x)
+            x = x @ layer["kernel"] + layer["bias"].reshape(1, -1)
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
+
+
+class Competitor:
+    """An optimizer that advances its own copy of the parameters, `steps` at a time."""
+
+    def __init__(self, optimizer: optax.GradientTransformation, layers: Layers, batch: Any, steps: int) -> None:
+        def advance(params: Any, state: Any, gradient: Any) -> Any:
+            def step(carry: Any, _: None) -> Any:
+                params, state = carry
+                grad = gradient if batch is None else jax.grad(loss)(params, batch, layers)
+                updates, state = optimizer.update(grad, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, state), length=steps)[0]
+
+        params = init(layers)
+        self.gradient = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+        self.carry = params, optimizer.init(params)
+        self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry[1]))
+        self.advance = functools.partial(jax.jit, donate_argnums=(0, 1))(advance)
+        self.steps = steps
+
+    def turn(self) -> float:
+        """Return the seconds of one step."""
+        start = time.perf_counter()
+        self.carry = jax.block_until_ready(self.advance(*self.carry, self.gradient))
+        return (time.perf_counter() - start) / self.steps
+
+
+def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, rounds: int) -> None:
+    """Print one row a competitor: milliseconds (median and least), ratio to the base, state bytes a parameter."""
+    base = BASES[base_name]
+    optimizers = {
+        base_name: base(0.01),
+        "dessilbi": dessilbi(base(1.0), 0.01),
+        "dessilbi, inside": dessilbi(base(1.0), 0.01, coupling="inside"),
+    }
+    arms = {key: Competitor(optimizer, layers, batch, steps) for key, optimizer in optimizers.items()}
+    for arm in arms.values():
+        arm.turn()
+    times = {key: [] for key in arms}
+    for _ in range(rounds):
+        for key, arm in arms.items():
+            times[key].append(arm.turn())
+    size = sum(leaf.size for leaf in jax.tree.leaves(arms[base_name].carry[0]))
+    for key, arm in arms.items():
+        ratio = statistics.median(mine / plain for mine, plain in zip(times[key], times[base_name], strict=True))
+        milliseconds = f"{1e3 * statistics.median(times[key]):10.3f} ({1e3 * min(times[key]):.3f})"
+        print(f"{name:34} {base_name:9} {key:17} {milliseconds:>22} {ratio:7.2f}x {arm.bytes / size:6.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=32, help="images in a training step")
+    arguments = parser.parse_args()
+    print(f"{'':34} {'base':9} {'optimizer':17} {'ms a step (least)':>22} {'ratio':>8} bytes a parameter")
+    for network, layers, image, alone, training in (
+        ("LeNet", LENET, (28, 28, 1), 500, 5),
+        ("VGG-A-BN", VGG_A, (32, 32, 3), 10, 1),
+    ):
+        images = jax.random.normal(jax.random.key(0), (arguments.batch, *image))
+        batch = images, jnp.arange(arguments.batch) % 10
+        for base_name in BASES:
+            compare(f"{network}, optimizer alone", base_name, layers, None, alone, arguments.rounds)
+            label = f"{network}, training, batch {arguments.batch}"
+            compare(label, base_name, layers, batch, training, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

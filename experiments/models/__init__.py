@@ -1,0 +1,1 @@
+"""The networks that the studies train, beyond those of the libraries."""

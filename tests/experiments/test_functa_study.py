@@ -1,0 +1,108 @@
+"""The functa study: presets that fit together, the reports' settings as published, figures from the logs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import config, data, execute, logs
+from experiments.config import Options
+from experiments.models.functa import Functa
+from experiments.published import published
+from experiments.studies import functa
+from experiments.training import Plan, data_mesh
+
+TRAIN_IMAGES = {"mnist": 54_000, "fashion_mnist": 54_000, "cifar10": 45_000, "cifar100": 45_000, "digits": 1_294}
+
+
+@pytest.mark.parametrize("name", functa.PRESETS)
+def test_preset_fits_together(name: str) -> None:
+    preset = functa.PRESETS[name].config
+    fields = {field.name for field in dataclasses.fields(Plan)} & vars(preset).keys()
+    Plan(**{field: getattr(preset, field) for field in fields}).check(
+        preset.train_images or TRAIN_IMAGES[preset.dataset], devices=1, processes=1
+    )
+    assert preset.batch_size % min(preset.batch_size, preset.microbatch) == 0
+
+
+@pytest.mark.parametrize(("name", "row"), [("mnist-c1", 1), ("mnist-c2", 2), ("cifar10-c1", 1)])
+def test_report_a_configurations_are_as_published(name: str, row: int) -> None:
+    preset = functa.PRESETS[name].config
+    ours = {
+        "batch size": preset.batch_size,
+        "width": preset.width,
+        "depth": preset.depth,
+        "latent": str(preset.latent),
+        "outer learning rate": preset.learning_rate,
+        "w0": preset.w0,
+    }
+    for column, value in ours.items():
+        expected = published("A", 1, row=row, column=column)
+        assert str(expected) == value if isinstance(value, str) else expected == value
+    assert preset.meta_sgd == (published("A", 1, row=row, column="inner update") != "SGD 0.01")
+    assert (preset.inner_steps, preset.inner_rate, preset.second_order) == (3, 0.01, False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
+        preset = config.preset("functa", "tiny").config
+        result = execute.execute("functa", "tiny", preset, Options(runs_dir=folder), ["run", "functa", "tiny"])
+    return folder / "functa" / "tiny-0", result
+
+
+def test_result_is_written_and_says_where_it_comes_from(tiny: tuple[Path, dict]) -> None:
+    directory, result = tiny
+    assert json.loads((directory / "result.json").read_text()) == result
+    assert result["command"] == "python -m experiments run functa tiny"
+    assert result["metrics"]["test_images"] == len(data.load("digits", "test").labels)
+    # Jensen: the mean of the images' PSNR is the larger one.
+    assert result["metrics"]["test_psnr"] > result["metrics"]["test_psnr_of_mean_mse"]
+
+
+def test_training_lowers_the_loss(tiny: tuple[Path, dict]) -> None:
+    _, losses = logs.curve(logs.read_lines(tiny[0] / "metrics.jsonl"), "loss")
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
+    directory, result = tiny
+    before = {name: (directory / name).read_bytes() for name in result["figures"]}
+    for name in before:
+        (directory / name).unlink()
+    functa.draw(directory, result)
+    for name, content in before.items():
+        with Image.open(directory / name) as image:
+            assert min(image.size) > 100
+        assert (directory / name).read_bytes() == content
+
+
+def test_logged_images_are_those_of_the_test_set(tiny: tuple[Path, dict]) -> None:
+    directory, result = tiny
+    steps = result["config"]["steps"]
+    originals = logs.read_images(directory / "images.jsonl", "test_originals")[steps]
+    np.testing.assert_array_equal(originals, data.load("digits", "test").images[:8])
+    assert logs.read_images(directory / "images.jsonl", "test_4x")[steps].shape == (8, 32, 32, 1)
+
+
+def test_fit_does_not_depend_on_the_padding() -> None:
+    """A set that does not fill the last block gives each image the error that it has alone."""
+    import jax
+
+    preset = config.preset("functa", "tiny").config
+    model = functa.build(preset, (8, 8, 1), data_mesh())
+    assert isinstance(model, Functa)
+    variables, rates = model.initialise(jax.random.key(0), rate=None, rate_scale=1.0)
+    params = functa.fj.MetaParams(variables, rates)
+    images = data.load("digits", "test").images[:3]
+    latents, errors = model.fit(params, images)
+    assert latents.shape == (3, preset.latent)
+    for i in range(3):
+        alone = model.fit(params, images[i : i + 1])
+        np.testing.assert_allclose(alone[0][0], latents[i], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(alone[1][0], errors[i], rtol=1e-4)

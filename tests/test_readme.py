@@ -1,0 +1,43 @@
+"""The README's examples run, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda code: code.split("import ", 2)[-1].split(",")[0][:20])
+def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_examples_were_found() -> None:
+    assert len(EXAMPLES) >= 2
+
+
+def test_every_preset_named_exists() -> None:
+    named = re.findall(r"(?:experiments run|slurm\.sbatch|tpu_vm\.sh run) ([a-z-]+) ([a-z0-9-]+)", README)
+    assert named
+    for study, preset in named:
+        config.preset(study, preset)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_map_names_every_module() -> None:
+    """Top-level folders, and each module of `experiments`, stand in the map of the house."""
+    for module in (ROOT / "experiments").glob("*.py"):
+        if module.name not in ("__init__.py", "files.py"):
+            assert f"`{module.name}`" in README, module.name
+    for folder in ("functa_jax", "prune_jax", "optim_jax", "experiments", "benchmarks", "results", "tests"):
+        assert f"`{folder}/`" in README
