@@ -121,7 +121,8 @@ def curvature(
     """Largest eigenvalue of the Gauss-Newton matrix of the inner loss in the latent, (2 / NC) J^T J, at one latent.
 
     Gradient descent on the latent is stable for rates below 2 / curvature: that is how inner rates have to follow
-    width, depth, w0 and the latent's size. Found by power iteration through jvp and vjp; no matrix is formed.
+    width, depth, w0 and the latent's size. Found by power iteration through jvp and vjp, from below, without forming
+    any matrix.
 
     Args:
       apply_fn: (params, coords, latent) -> prediction, for one latent.
@@ -142,14 +143,11 @@ def curvature(
       9.0
     """
     flat, unflatten = ravel_pytree(latent)
-
-    def predict(z: Array) -> Array:
-        return apply_fn(params, coords, unflatten(z))
-
-    prediction, pullback = jax.vjp(predict, flat)
+    prediction, jacobian = jax.linearize(lambda z: apply_fn(params, coords, unflatten(z)), flat)
+    transposed = jax.linear_transpose(jacobian, flat)
 
     def multiply(v: Array) -> Array:
-        return pullback(jax.jvp(predict, (flat,), (v,))[1])[0] * (2 / prediction.size)
+        return transposed(jacobian(v))[0] * (2 / prediction.size)
 
     def iterate(_: int, v: Array) -> Array:
         w = multiply(v)

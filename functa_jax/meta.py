@@ -100,11 +100,76 @@ def init_meta(model_params: PyTree, rates: PyTree, optimizer: optax.GradientTran
     return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+class RelativeState(NamedTuple):
+    """State of `relative_adam`: Adam's moments and step count, and the unit of each leaf's updates."""
+
+    adam: optax.OptState
+    step: Array
+    unit: PyTree
+
+
+def relative_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    max_norm: float = 0.1,
+    floor: float = 1e-3,
+    reference_width: int = 64,
+) -> optax.GradientTransformation:
+    """Adam whose steps are fractions of the weights' own size at the start: one learning rate for nets of every size.
+
+    u = -learning_rate * unit * m / sqrt(v), with unit = max(rms(w_0), floor) for each leaf, times
+    min(1, sqrt(reference_width / n)) for matrices with n inputs, and gradients clipped to a global norm before.
+
+    SIREN's weights have size sqrt(2 / n) / w0: a step that is small for one width and frequency is as large as the
+    weights of another, and training collapses. Relative to the weights, and smaller by the root of the number of
+    inputs that move together (Yang et al. 2021, arXiv:2203.03466), the same number serves all.
+
+    Args:
+      learning_rate: fraction of a weight's size moved in a step; a number or a schedule of the step.
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of squared gradients.
+      max_norm: global norm that gradients are clipped to.
+      floor: smallest unit, for weights that start at zero.
+      reference_width: number of inputs from which on the unit of matrices shrinks.
+
+    Returns:
+      An optax transform, over any pytree.
+
+    Example:
+      >>> params = {"w": jnp.full((4, 4), 0.01)}
+      >>> optimizer = relative_adam(0.1)
+      >>> updates, _ = optimizer.update({"w": jnp.full((4, 4), 5.0)}, optimizer.init(params))
+      >>> round(float(updates["w"][0, 0]), 5)  # a tenth of the weight
+      -0.001
+    """
+    adam = optax.chain(optax.clip_by_global_norm(max_norm), optax.scale_by_adam(b1=b1, b2=b2, eps=1e-12))
+
+    def unit(leaf: Array) -> Array:
+        size = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), floor)
+        return size * min(1.0, (reference_width / leaf.shape[0]) ** 0.5) if leaf.ndim == 2 else size
+
+    def init(params: optax.Params) -> RelativeState:
+        return RelativeState(adam.init(params), jnp.zeros((), jnp.int32), jax.tree.map(unit, params))
+
+    def update(
+        updates: optax.Updates, state: RelativeState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RelativeState]:
+        directions, adam_state = adam.update(updates, state.adam, params)
+        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+        updates = jax.tree.map(lambda d, u: (-rate * u).astype(d.dtype) * d, directions, state.unit)
+        return updates, RelativeState(adam_state, state.step + 1, state.unit)
+
+    return optax.GradientTransformation(init, update)
+
+
 def meta_step(
     loss_fn: Callable[[MetaParams, Array, Array], Array],
     optimizer: optax.GradientTransformation,
     *,
     rate_bounds: tuple[float, float] | None = None,
+    rate_limit: Callable[[PyTree, Array], Array] | None = None,
     microbatch: int | None = None,
 ) -> Callable[[MetaState, Array, Array], tuple[MetaState, dict[str, Array]]]:
     """One outer step, as a pure function to jit.
@@ -113,6 +178,9 @@ def meta_step(
       loss_fn: (params, coords, targets) -> mean loss over the batch; usually a `meta_loss` with its options set.
       optimizer: optax transform over `MetaParams`.
       rate_bounds: the learned rates are clipped into these bounds after every update.
+      rate_limit: (model parameters, coords) -> largest rate allowed now, applied after every update as well. With
+        c / `curvature`, rates cannot outgrow the network that they serve, which is how meta-learning collapses: the
+        inner steps diverge, the outer gradient explodes, and the network is thrown to where nothing is learned.
       microbatch: images whose gradient is computed at once; gradients are averaged over the batch in a `lax.scan`.
         Small ones keep activations in a CPU's cache, which is faster there; None takes the whole batch.
 
@@ -130,6 +198,9 @@ def meta_step(
         params = optax.apply_updates(state.params, updates)
         if rate_bounds is not None:
             params = params._replace(rates=jax.tree.map(lambda r: jnp.clip(r, *rate_bounds), params.rates))
+        if rate_limit is not None:
+            largest = rate_limit(params.model, coords)
+            params = params._replace(rates=jax.tree.map(lambda r: jnp.minimum(r, largest), params.rates))
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return MetaState(state.step + 1, params, opt_state), metrics
 

@@ -23,12 +23,14 @@ class LatentToModulation(nn.Module):
       layers: number of sine layers.
       modulate: "shift", "scale" or "both".
       hidden: widths of the MLP's hidden layers; () is the linear map of the paper.
+      kernel_scale: factor on the (LeCun normal) initialisation of the last map.
     """
 
     width: int
     layers: int
     modulate: Modulate = "shift"
     hidden: Sequence[int] = ()
+    kernel_scale: float = 1.0
 
     @nn.compact
     def __call__(self, latent: Array) -> tuple[Array | None, Array | None]:
@@ -39,7 +41,8 @@ class LatentToModulation(nn.Module):
         for i, features in enumerate(self.hidden):
             h = nn.silu(nn.Dense(features, name=f"hidden_{i}")(h))
         kinds = 2 if self.modulate == "both" else 1
-        m = nn.Dense(kinds * self.layers * self.width, name="modulations")(h)
+        init = nn.initializers.variance_scaling(self.kernel_scale**2, "fan_in", "truncated_normal")
+        m = nn.Dense(kinds * self.layers * self.width, kernel_init=init, name="modulations")(h)
         m = m.reshape(-1, kinds, self.layers, self.width)
         scale = None if self.modulate == "shift" else 1 + m[:, 0]
         shift = None if self.modulate == "scale" else m[:, -1]
@@ -58,6 +61,7 @@ class ModulatedSiren(nn.Module):
       w0: frequency factor, one number or one a sine layer.
       modulate: which modulations the latent gives: "shift" (the paper), "scale" or "both".
       hidden: hidden widths of the latent-to-modulation MLP; () is a linear map.
+      modulation_scale: factor on the initialisation of the map to the modulations.
       offset: constant added to the output (0.5 centres images in [0, 1]).
       compute_dtype: dtype of the big matmuls (e.g. jnp.bfloat16); None keeps float32.
 
@@ -80,6 +84,7 @@ class ModulatedSiren(nn.Module):
     w0: float | Sequence[float] = 30.0
     modulate: Modulate = "shift"
     hidden: Sequence[int] = ()
+    modulation_scale: float = 1.0
     offset: float = 0.5
     compute_dtype: jnp.dtype | None = None
 
@@ -100,7 +105,7 @@ class ModulatedSiren(nn.Module):
         points, latents = as_batch(coords, latent)
         w0s = frequencies(self.w0, self.depth)
         to_modulation = LatentToModulation(
-            self.width, self.depth - 1, self.modulate, self.hidden, name="latent_to_modulation"
+            self.width, self.depth - 1, self.modulate, self.hidden, self.modulation_scale, name="latent_to_modulation"
         )
         scale, shift = to_modulation(latents)
         h = points
