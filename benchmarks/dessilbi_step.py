@@ -3,7 +3,9 @@
     python -m benchmarks.dessilbi_step
 
 All competitors stay compiled and take turns, and each turn's time is divided by the plain base's in the same round, so
-that a drifting machine cancels out. A turn is one jitted `lax.scan` of steps with donated state.
+that a drifting machine cancels out. "Alone" applies a given gradient in a jitted `lax.scan` of many steps; "training"
+is a whole step of a network with these parameters, gradient included, in a jitted call of its own, since XLA runs
+convolutions inside a loop much slower on CPU. State is donated in both.
 """
 
 from __future__ import annotations
@@ -69,30 +71,37 @@ def loss(params: list[dict[str, jax.Array]], batch: tuple[jax.Array, jax.Array],
 
 
 class Competitor:
-    """An optimizer that advances its own copy of the parameters, `steps` at a time."""
+    """An optimizer that advances its own copy of the parameters; alone if there is no batch to train on."""
 
     def __init__(self, optimizer: optax.GradientTransformation, layers: Layers, batch: Any, steps: int) -> None:
-        def advance(params: Any, state: Any, gradient: Any) -> Any:
-            def step(carry: Any, _: None) -> Any:
-                params, state = carry
-                grad = gradient if batch is None else jax.grad(loss)(params, batch, layers)
-                updates, state = optimizer.update(grad, state, params)
-                return (optax.apply_updates(params, updates), state), None
-
-            return jax.lax.scan(step, (params, state), length=steps)[0]
-
         params = init(layers)
-        self.gradient = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+        given = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+        self.in_a_call = steps if batch is None else 1
+        self.calls = steps // self.in_a_call
         self.carry = params, optimizer.init(params)
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry[1]))
-        self.advance = functools.partial(jax.jit, donate_argnums=(0, 1))(advance)
-        self.steps = steps
+
+        def step(carry: Any, gradient: Any) -> Any:
+            params, state = carry
+            gradient = gradient if batch is None else jax.grad(loss)(params, batch, layers)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def advance(carry: Any, gradient: Any) -> Any:
+            if self.in_a_call == 1:
+                return step(carry, gradient)
+            return jax.lax.scan(lambda carry, _: (step(carry, gradient), None), carry, length=self.in_a_call)[0]
+
+        self.advance = functools.partial(advance, gradient=given)
 
     def turn(self) -> float:
         """Return the seconds of one step."""
         start = time.perf_counter()
-        self.carry = jax.block_until_ready(self.advance(*self.carry, self.gradient))
-        return (time.perf_counter() - start) / self.steps
+        for _ in range(self.calls):
+            self.carry = self.advance(self.carry)
+        jax.block_until_ready(self.carry)
+        return (time.perf_counter() - start) / (self.calls * self.in_a_call)
 
 
 def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, rounds: int) -> None:
@@ -106,7 +115,7 @@ def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, r
     arms = {key: Competitor(optimizer, layers, batch, steps) for key, optimizer in optimizers.items()}
     for arm in arms.values():
         arm.turn()
-    times = {key: [] for key in arms}
+    times: dict[str, list[float]] = {key: [] for key in arms}
     for _ in range(rounds):
         for key, arm in arms.items():
             times[key].append(arm.turn())

@@ -18,7 +18,7 @@ def test_pixel_centres_of_a_small_image():
     np.testing.assert_array_equal(coordinate_grid((1, 1)), np.zeros((1, 1, 2)))
 
 
-@settings(derandomize=True, deadline=None, max_examples=20)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3), st.sampled_from([0.5, 1.0, 3.0]))
 def test_pixels_cover_the_square_evenly(shape, limit):
     grid = np.asarray(coordinate_grid(shape, limit=limit), np.float64)
@@ -51,7 +51,7 @@ def numbered_images(batch=3, shape=(4, 5)):
     return jnp.concatenate([number, -number], axis=-1), images
 
 
-@settings(derandomize=True, deadline=None, max_examples=10)
+@settings(derandomize=True, deadline=None, max_examples=6)
 @given(seed=st.integers(0, 2**31 - 1), count=st.sampled_from([1, 7, 20]))
 def test_points_are_distinct_and_stay_with_their_pixels(seed, count):
     numbers, images = numbered_images()

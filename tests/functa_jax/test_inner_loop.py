@@ -110,7 +110,6 @@ RATES = {  # name: rates, whether they are per step
 }
 
 CASES = {  # name: (rates, options)
-    "second order": ("scalar", {}),
     "second order, meta-SGD": ("meta-SGD", {}),
     "second order, one rate a step": ("one a step", {}),
     "second order, meta-SGD a step, penalty, inner losses": (
@@ -189,7 +188,7 @@ def test_report_a_inner_losses_reach_the_rates_only():
 
     def gradient(second_order):
         def inner_losses(p, r):
-            options = {"steps": 3, "learning_rate": r, "second_order": second_order}
+            options = {"steps": 2, "learning_rate": r, "second_order": second_order}
             return jnp.mean(fit_latents(tiny, p, coords, targets, latent, **options)[1][:, :-1])
 
         return jax.jit(jax.grad(inner_losses, argnums=(0, 1)))(params, 0.2)
@@ -220,7 +219,7 @@ def test_outer_gradient_through_the_modulated_siren(second_order):
             coords,
             targets,
             latent,
-            steps=3,
+            steps=2,
             learning_rate=rates,
             second_order=second_order,
             batched=True,
@@ -233,7 +232,7 @@ def test_outer_gradient_through_the_modulated_siren(second_order):
         return modulated_siren(params, coords, z, w0s, 0.5, "both")
 
     double = jax.tree.map(lambda a: a.astype(np.float64), (params, rates, latent))
-    reference = outer(network, double, coords, targets, lambda r: [r] * 3, second_order=second_order)
+    reference = outer(network, double, coords, targets, lambda r: [r] * 2, second_order=second_order)
     for _ in range(4):
         direction = jax.tree.map(lambda a: rng.normal(size=a.shape), double)
         terms = [np.vdot(g, d) for g, d in zip(jax.tree.leaves(found), jax.tree.leaves(direction), strict=True)]
@@ -248,22 +247,17 @@ def test_scan_and_checkpoint_change_nothing():
     params, coords, targets, latent = tiny_problem()
     with jax.enable_x64(True):
 
-        def gradient(unroll, checkpoint, second_order):
+        def gradient(unroll, checkpoint):
             def loss(p, r):
-                options = {"unroll": unroll, "checkpoint": checkpoint, "second_order": second_order}
-                return meta_loss(
-                    tiny, p, coords, targets, latent, steps=3, learning_rate=r, inner_loss_weight=0.5, **options
-                )
+                options = {"unroll": unroll, "checkpoint": checkpoint, "steps": 2, "inner_loss_weight": 0.5}
+                return meta_loss(tiny, p, coords, targets, latent, learning_rate=r, **options)
 
             return jax.value_and_grad(loss, argnums=(0, 1))
 
-        for second_order in (True, False):
-            forms = [
-                gradient(unroll, checkpoint, second_order) for unroll in (True, False) for checkpoint in (False, True)
-            ]
-            first, *others = jax.jit(lambda p, r, forms=forms: [form(p, r) for form in forms])(params, 0.2)
-            for other in others:
-                assert_close(other, first, 1e-12)
+        forms = [gradient(unroll, checkpoint) for unroll in (True, False) for checkpoint in (False, True)]
+        first, *others = jax.jit(lambda p, r: [form(p, r) for form in forms])(params, 0.2)
+        for other in others:
+            assert_close(other, first, 1e-12)
 
 
 def test_steps_are_written_out_up_to_four():
@@ -279,13 +273,12 @@ def test_steps_are_written_out_up_to_four():
     assert primitives(3, unroll=False).count("scan") == primitives(5).count("scan") == 1
 
 
-@pytest.mark.parametrize("unroll", [None, False])
-def test_checkpoint_saves_memory(unroll):
+def test_checkpoint_saves_memory():
     params, coords, targets, latent = jax.tree.map(np.float32, tiny_problem(points=1000))
 
     def memory(checkpoint):
         def loss(p):
-            options = {"steps": 4, "learning_rate": 0.1, "unroll": unroll, "checkpoint": checkpoint}
+            options = {"steps": 4, "learning_rate": 0.1, "checkpoint": checkpoint}
             return meta_loss(tiny, p, coords, targets, latent, **options)
 
         return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
@@ -317,7 +310,7 @@ def test_batched_networks_give_what_single_ones_give(own_points):
 
     def everything(apply, batched):
         def loss(p, r):
-            options = {"steps": 3, "learning_rate": r, "latent_penalty": 1e-3, "batched": batched}
+            options = {"steps": 2, "learning_rate": r, "latent_penalty": 1e-3, "batched": batched}
             latents, losses = fit_latents(apply, p, coords, targets, latent, **options)
             return jnp.mean(losses[:, -1]), (latents, losses)
 
@@ -325,8 +318,8 @@ def test_batched_networks_give_what_single_ones_give(own_points):
 
     ((_, (latents, losses)), _) = results = everything(tiny_batch, batched=True)
     assert jax.tree.map(jnp.shape, latents) == {"gain": (5, 3), "shift": (5, 2)}
-    assert losses.shape == (5, 4)
-    assert np.all(losses[:, -1] < 0.95 * losses[:, 0])
+    assert losses.shape == (5, 3)
+    assert np.all(losses[:, -1] < 0.97 * losses[:, 0])
     assert_close(results, everything(tiny_pixels, batched=False), 1e-4)
 
 
@@ -337,7 +330,7 @@ def test_an_image_does_not_depend_on_the_others(batched):
 
     @jax.jit
     def fitted(targets):
-        return fit_latents(apply, params, coords, targets, latent, steps=3, learning_rate=rates, batched=batched)
+        return fit_latents(apply, params, coords, targets, latent, steps=2, learning_rate=rates, batched=batched)
 
     jacobian = jax.jit(jax.jacrev(lambda y: fitted(y)[0]["gain"]))(targets)  # (B, L, B, 3, 4, 2)
     for image in range(5):
@@ -438,10 +431,16 @@ def test_curvature_against_the_eigenvalue_of_an_explicit_matrix():
     jacobian = np.stack([predict(flat + 1e-40j * e).imag / 1e-40 for e in np.eye(5)], axis=1)
     expected = np.linalg.eigvalsh(2 / jacobian.shape[0] * jacobian.T @ jacobian)[-1]
     with jax.enable_x64(True):
-        for seed in range(3):
-            found = curvature(tiny, params, coords, latent, jax.random.key(seed), iterations=100)
-            assert float(found) == pytest.approx(expected, rel=1e-9)
-    assert float(curvature(tiny, params, coords, latent, jax.random.key(0))) <= expected * (1 + 1e-5)
+
+        @jax.jit
+        @jax.vmap
+        def found(key):
+            return [curvature(tiny, params, coords, latent, key, iterations=i) for i in (100, 20, 2)]
+
+        many, some, few = found(jax.random.split(jax.random.key(0), 3))
+        np.testing.assert_allclose(many, expected, rtol=1e-9)
+        assert np.all(few < some)  # from below
+        assert np.all(some <= expected * (1 + 1e-12))
 
 
 def test_gradient_descent_is_stable_up_to_two_over_the_curvature():

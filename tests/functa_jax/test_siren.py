@@ -308,13 +308,13 @@ def test_derivatives_in_the_coordinates_agree_with_finite_differences():
 
 def test_bfloat16_matmuls_stay_close_with_float32_everywhere_else():
     coords = uniform_coords(200)
-    model = Siren(width=64, depth=4, w0=20.0)
-    narrow = Siren(width=64, depth=4, w0=20.0, compute_dtype=jnp.bfloat16)
+    model = Siren(width=64, depth=4, w0=3.0)
+    narrow = Siren(width=64, depth=4, w0=3.0, compute_dtype=jnp.bfloat16)
     variables = {"params": random_params(narrow, coords)}  # which asserts that the module's are float32
     y, reference = jax.jit(narrow.apply)(variables, coords), jax.jit(model.apply)(variables, coords)
     assert y.dtype == jnp.float32
     error = np.abs(y - reference).max() / np.std(reference)
-    assert 1e-4 < error < 0.5  # used, and harmless
+    assert 1e-3 < error < 0.2  # used, and harmless
 
     def dots(model):
         jaxpr = str(jax.make_jaxpr(model.apply)(variables, coords))
