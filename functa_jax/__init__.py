@@ -2,9 +2,10 @@
 
 from functa_jax.coords import coordinate_grid, subsample
 from functa_jax.inner_loop import curvature, fit_latents
-from functa_jax.meta import MetaParams, MetaState, init_meta, meta_loss, meta_step, relative_adam
+from functa_jax.meta import MetaParams, MetaState, init_meta, meta_loss, meta_step
 from functa_jax.metrics import psnr, psnr_from_mse
 from functa_jax.modulation import ModulatedSiren
+from functa_jax.relative_adam import relative_adam
 from functa_jax.rendering import render
 from functa_jax.siren import Siren, sine
 

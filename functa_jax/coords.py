@@ -47,13 +47,18 @@ def subsample(key: Array, coords: Array, targets: Array, count: int) -> tuple[Ar
       coords (count, d) and targets (B, count, C).
 
     Raises:
-      ValueError: more points than there are.
+      ValueError: more points than there are, or coordinates of other pixels than the targets'.
 
     Example:
       >>> coords, targets = subsample(jax.random.key(0), coordinate_grid((4, 4)), jnp.zeros((2, 4, 4, 1)), 5)
       >>> coords.shape, targets.shape
       ((5, 2), (2, 5, 1))
     """
+    if targets.shape[1:-1] != coords.shape[:-1]:
+        raise ValueError(
+            f"targets {targets.shape} do not go with coords {coords.shape}: targets must be (B, ..., C), "
+            "coords (..., d) the same for every image"
+        )
     flat = coords.reshape(-1, coords.shape[-1])
     if not 1 <= count <= flat.shape[0]:
         raise ValueError(f"count must be between 1 and the {flat.shape[0]} points there are, got {count}")

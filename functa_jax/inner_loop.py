@@ -54,7 +54,8 @@ def fit_latents(
         library's modules do. Faster than the vmap over single images used otherwise.
       rates_per_step: whether `learning_rate` has values of its own for each step.
       latent_penalty: weight of the squared norm of the latent in the inner loss.
-      unroll: write the steps out (faster code) or use one `lax.scan` (faster compilation); None: write out up to 4.
+      unroll: write the steps out (faster code) or use one `lax.scan` (faster compilation); None: write out up to 4,
+        unless `checkpoint`, which saves memory on CPU in the scan only.
       checkpoint: recompute each step in the backward pass instead of storing it (less memory, more time).
 
     Returns:
@@ -98,12 +99,14 @@ def fit_latents(
         gradients, per_image = jax.grad(objective, has_aux=True)(latents)
         if not second_order:
             gradients = lax.stop_gradient(gradients)
-        return jax.tree.map(lambda z, r, g: z - r * g, latents, rate, gradients), per_image
+        return jax.tree.map(lambda z, r, g: (z - r * g).astype(z.dtype), latents, rate, gradients), per_image
 
     if checkpoint:
         step = jax.checkpoint(step)
     latents = jax.tree.map(lambda z: jnp.broadcast_to(z, (targets.shape[0], *jnp.shape(z))), latent_init)
-    if steps <= _UNROLLED_STEPS if unroll is None else unroll:
+    if unroll is None:  # XLA on CPU merges the recomputation of written-out steps with what it was to replace
+        unroll = steps <= _UNROLLED_STEPS and not checkpoint
+    if unroll:
         history = []
         for k in range(steps):
             latents, per_image = step(latents, jax.tree.map(lambda r, k=k: r[k], rates))
@@ -122,7 +125,7 @@ def curvature(
 
     Gradient descent on the latent is stable for rates below 2 / curvature: that is how inner rates have to follow
     width, depth, w0 and the latent's size. Found by power iteration through jvp and vjp, from below, without forming
-    any matrix.
+    any matrix. A `latent_penalty` would add twice its weight.
 
     Args:
       apply_fn: (params, coords, latent) -> prediction, for one latent.

@@ -95,73 +95,13 @@ def init_meta(model_params: PyTree, rates: PyTree, optimizer: optax.GradientTran
       model_params: parameters of the network.
       rates: inner learning rates, as `learning_rate` of `fit_latents`.
       optimizer: optax transform of the outer loop, over `MetaParams`.
-    """
-    params = MetaParams(model_params, jax.tree.map(jnp.asarray, rates))
-    return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-class RelativeState(NamedTuple):
-    """State of `relative_adam`: Adam's moments and step count, and the unit of each leaf's updates."""
-
-    adam: optax.OptState
-    step: Array
-    unit: PyTree
-
-
-def relative_adam(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    max_norm: float = 0.1,
-    floor: float = 1e-3,
-    reference_width: int = 64,
-) -> optax.GradientTransformation:
-    """Adam whose steps are fractions of the weights' own size at the start: one learning rate for nets of every size.
-
-    u = -learning_rate * unit * m / sqrt(v), with unit = max(rms(w_0), floor) for each leaf, times
-    min(1, sqrt(reference_width / n)) for matrices with n inputs, and gradients clipped to a global norm before.
-
-    SIREN's weights have size sqrt(2 / n) / w0: a step that is small for one width and frequency is as large as the
-    weights of another, and training collapses. Relative to the weights, and smaller by the root of the number of
-    inputs that move together (Yang et al. 2021, arXiv:2203.03466), the same number serves all.
-
-    Args:
-      learning_rate: fraction of a weight's size moved in a step; a number or a schedule of the step.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of squared gradients.
-      max_norm: global norm that gradients are clipped to.
-      floor: smallest unit, for weights that start at zero.
-      reference_width: number of inputs from which on the unit of matrices shrinks.
 
     Returns:
-      An optax transform, over any pytree.
-
-    Example:
-      >>> params = {"w": jnp.full((4, 4), 0.01)}
-      >>> optimizer = relative_adam(0.1)
-      >>> updates, _ = optimizer.update({"w": jnp.full((4, 4), 5.0)}, optimizer.init(params))
-      >>> round(float(updates["w"][0, 0]), 5)  # a tenth of the weight
-      -0.001
+      The state, in arrays of its own.
     """
-    adam = optax.chain(optax.clip_by_global_norm(max_norm), optax.scale_by_adam(b1=b1, b2=b2, eps=1e-12))
-
-    def unit(leaf: Array) -> Array:
-        size = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), floor)
-        return size * min(1.0, (reference_width / leaf.shape[0]) ** 0.5) if leaf.ndim == 2 else size
-
-    def init(params: optax.Params) -> RelativeState:
-        return RelativeState(adam.init(params), jnp.zeros((), jnp.int32), jax.tree.map(unit, params))
-
-    def update(
-        updates: optax.Updates, state: RelativeState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, RelativeState]:
-        directions, adam_state = adam.update(updates, state.adam, params)
-        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        updates = jax.tree.map(lambda d, u: (-rate * u).astype(d.dtype) * d, directions, state.unit)
-        return updates, RelativeState(adam_state, state.step + 1, state.unit)
-
-    return optax.GradientTransformation(init, update)
+    # Copies: donating the state must not delete the caller's arrays. Of strong type: no step may change a type.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), MetaParams(model_params, rates))
+    return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def meta_step(
@@ -178,9 +118,9 @@ def meta_step(
       loss_fn: (params, coords, targets) -> mean loss over the batch; usually a `meta_loss` with its options set.
       optimizer: optax transform over `MetaParams`.
       rate_bounds: the learned rates are clipped into these bounds after every update.
-      rate_limit: (model parameters, coords) -> largest rate allowed now, applied after every update as well. With
-        c / `curvature`, rates cannot outgrow the network that they serve, which is how meta-learning collapses: the
-        inner steps diverge, the outer gradient explodes, and the network is thrown to where nothing is learned.
+      rate_limit: (model parameters, coords) -> largest rate allowed now, applied last (it may undercut the bounds).
+        With c / `curvature`, rates cannot outgrow the network that they serve, which is how meta-learning collapses:
+        the inner steps diverge, the outer gradient explodes, and the network is thrown to where nothing is learned.
       microbatch: images whose gradient is computed at once; gradients are averaged over the batch in a `lax.scan`.
         Small ones keep activations in a CPU's cache, which is faster there; None takes the whole batch.
 
@@ -188,8 +128,22 @@ def meta_step(
       step(state, coords, targets) -> (state, {"loss": scalar, "grad_norm": scalar}).
 
     Raises:
-      ValueError: (by step) a batch that is not a multiple of `microbatch`.
+      ValueError: reversed `rate_bounds`; (by step) a batch that is not a multiple of `microbatch`.
+
+    Example:
+      >>> apply_fn = lambda params, coords, latent: params * (coords @ latent)[..., None]
+      >>> def loss(params, coords, targets):
+      ...     return meta_loss(
+      ...         apply_fn, params.model, coords, targets, jnp.zeros(2), steps=1, learning_rate=params.rates
+      ...     )
+      >>> optimizer = optax.sgd(0.1)
+      >>> step = jax.jit(meta_step(loss, optimizer, rate_bounds=(0.0, 1.0)))
+      >>> state, metrics = step(init_meta(1.0, 0.5, optimizer), jnp.eye(2), jnp.ones((1, 2, 1)))
+      >>> float(metrics["loss"])
+      0.25
     """
+    if rate_bounds is not None and not rate_bounds[0] <= rate_bounds[1]:
+        raise ValueError(f"rate_bounds must be (lowest, highest), got {rate_bounds}")
     value_and_grad = jax.value_and_grad(loss_fn)
 
     def step(state: MetaState, coords: Array, targets: Array) -> tuple[MetaState, dict[str, Array]]:
@@ -217,6 +171,8 @@ def _accumulate(
     batch = targets.shape[0]
     if microbatch is None or microbatch >= batch:
         return value_and_grad(params, coords, targets)
+    if microbatch < 1:
+        raise ValueError(f"microbatch must be at least 1, got {microbatch}")
     if batch % microbatch:
         raise ValueError(f"a batch of {batch} images is not a multiple of microbatch={microbatch}")
 
@@ -230,7 +186,8 @@ def _accumulate(
         part = value_and_grad(params, block[1] if own_points else coords, block[0])
         return jax.tree.map(jnp.add, total, part), None
 
-    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros((), targets.dtype), params))
     blocks = (split(targets), split(coords)) if own_points else (split(targets),)
+    like = jax.eval_shape(value_and_grad, params, coords, targets)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     total, _ = lax.scan(body, zero, blocks)
     return jax.tree.map(lambda x: x * (microbatch / batch), total)

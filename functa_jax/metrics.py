@@ -40,6 +40,9 @@ def psnr_from_mse(mse: ArrayLike, *, data_range: float = 1.0) -> Array:
       mse: mean squared errors, any shape.
       data_range: largest possible value minus smallest.
 
+    Returns:
+      the same shape, dB.
+
     Example:
       >>> float(psnr_from_mse(jnp.float32(0.01)))
       20.0

@@ -226,18 +226,17 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             inner_loss_weight=config.inner_loss_weight,
         )
 
-    limit_key = jax.random.key(config.seed)
+    limit = jnp.inf if config.rate_limit is None else config.rate_limit
 
     def rate_limit(variables: Any, points: Array) -> Array:
-        return config.rate_limit / fj.curvature(
-            functa.model.apply, variables, points, functa.latent_init, limit_key, iterations=3
-        )
+        key = jax.random.key(config.seed)  # where the power iteration starts does not matter, as long as it is fixed
+        return limit / fj.curvature(functa.model.apply, variables, points, functa.latent_init, key, iterations=3)
 
     outer_step = fj.meta_step(
         loss,
         optimizer,
         rate_bounds=(0.0, jnp.inf) if config.meta_sgd else None,
-        rate_limit=rate_limit if config.meta_sgd and config.rate_limit else None,
+        rate_limit=rate_limit if config.meta_sgd and config.rate_limit is not None else None,
         microbatch=_microbatch(config),
     )
 
