@@ -1,0 +1,42 @@
+"""Structural pruning of any JAX function, from its jaxpr.
+
+How it works. ``program.read_program`` traces the function and walks its equations once. Each axis of each array carries
+a *label*: the elements (integer names) that stand along it (``labels``). Each position of each parameter axis starts as
+an element of its own; the rule of each primitive (the ``rules_*`` modules) labels the outputs, records which elements
+are one and the same (``elements``), and says how to run the operation at other sizes. A merged axis (flatten, heads
+times dims) is made of joint elements that live while all their factors live; a split axis whose rows may lose different
+positions (the dims of each head) must keep its rows equally long. Arguments and outputs never change. A primitive
+without a rule that meets a parameter raises.
+
+``solve`` resolves all that to classes and ``groups`` to units that can go by themselves, sorted into groups;
+``importance`` scores and ``select`` chooses them; ``plan`` writes down the survivors. The smaller function
+(``pruning.smaller_function``) walks the dense program at the shapes of the call and runs every equation at its new size
+(``cut``), so it needs no second description of the network.
+
+What changes besides sizes: a sum over a cut axis divided by the axis' length (a mean, as in layer norm) divides by the
+new length, as in a network built small from the start. Every other number in the program stays, the attention scale
+among them. Zeroing and cutting therefore agree exactly where nothing is normalised over a cut axis. Constants that are
+not uniform (masks, position tables, captured arrays) keep their original values at the surviving positions.
+"""
+
+from prune_jax.graph.errors import UnknownPrimitiveError
+from prune_jax.graph.groups import Group, Groups, Member, dependency_groups
+from prune_jax.graph.importance import squared_magnitude, unit_scores
+from prune_jax.graph.plan import apply_plan
+from prune_jax.graph.pruning import Pruned, prune, smaller_function
+from prune_jax.graph.regulariser import group_regulariser
+
+__all__ = [
+    "Group",
+    "Groups",
+    "Member",
+    "Pruned",
+    "UnknownPrimitiveError",
+    "apply_plan",
+    "dependency_groups",
+    "group_regulariser",
+    "prune",
+    "smaller_function",
+    "squared_magnitude",
+    "unit_scores",
+]

@@ -1,0 +1,303 @@
+"""Units gathered into groups: what can be cut, what goes with it, and which groups must lose equally many."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.program import Program, read_program
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """The positions of one parameter axis that belong to a group.
+
+    Position ``indices[i]`` goes with unit ``units[i]`` of the group. A row of ``indices`` is the position along
+    ``axis``, preceded by positions along ``rows`` where each row may lose different ones (the dims of each head in a
+    (width, heads, dims) kernel).
+    """
+
+    path: str
+    axis: int
+    rows: tuple[int, ...]
+    units: np.ndarray
+    indices: np.ndarray
+
+    @property
+    def each(self) -> int:
+        """Largest number of positions that go with one unit."""
+        return int(np.bincount(self.units).max())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Units that play the same part: the channels of one layer, the query-key dims of one head, the heads of one layer.
+
+    ``kind`` is "width" or, for whole heads and whole channel groups, "block". Groups with the same ``tie`` must lose
+    equally many units. ``form`` is equal for groups of the same form in different layers.
+    """
+
+    index: int
+    kind: str
+    size: int
+    tie: int
+    form: str
+    members: tuple[Member, ...]
+
+
+class Groups:
+    """All groups of a program; iterable, indexable, printable."""
+
+    def __init__(self, program: Program, groups: list[Group], units: list[np.ndarray], held: list[str]) -> None:
+        self.program, self._groups, self.units, self.held = program, groups, units, held
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self._groups[index]
+
+    @property
+    def ties(self) -> dict[int, list[Group]]:
+        """Groups by tie: each list loses equally many units."""
+        out: dict[int, list[Group]] = {}
+        for group in self:
+            out.setdefault(group.tie, []).append(group)
+        return out
+
+    def __str__(self) -> str:
+        lines = []
+        for tie, groups in self.ties.items():
+            alike: dict[tuple, list[Group]] = {}
+            for group in groups:
+                alike.setdefault((group.size, *[(m.path, m.axis, m.each) for m in group.members]), []).append(group)
+            for same in alike.values():
+                times = f" in each of {len(same)} groups" if len(same) > 1 else ""
+                lines.append(f"[{tie}] {same[0].kind}: {same[0].size} units{times}")
+                for m in same[0].members:
+                    per_row = f" (by row of axis {', '.join(map(str, m.rows))})" if m.rows else ""
+                    lines.append(f"    {m.path} axis {m.axis}{per_row}: {m.each} a unit")
+            if len(groups) > 1:
+                lines.append(f"    all {len(groups)} groups lose equally many")
+        return "\n".join([*lines, *[f"held: {reason}" for reason in self.held]])
+
+    def matrix(self) -> tuple[list[str], np.ndarray]:
+        """The dependency matrix: names of parameter axes, and 1 where two axes share a unit.
+
+        The matrix D of equation 9: D[i, j] = 1 when axis i of one array and axis j of another (or the same) are cut
+        together. Rows and columns are named ``path:axis``.
+
+        Returns:
+            The names (n,) and the symmetric 0/1 matrix (n, n).
+
+        Reference: DepGraph (2301.12900).
+        """
+        names = [f"{leaf.name}:{d}" for leaf in self.program.leaves for d in range(len(leaf.shape))]
+        place = {name: i for i, name in enumerate(names)}
+        out = np.zeros((len(names), len(names)), np.int8)
+        for group in self:
+            at = [place[f"{m.path}:{m.axis}"] for m in group.members]
+            out[np.ix_(at, at)] = 1
+        return names, out
+
+
+def dependency_groups(
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    pin: Callable[[str], bool] = lambda path: False,
+    free_output: Callable[[str], bool] = lambda path: False,
+) -> Groups:
+    """Find which positions of which parameters can only be removed together.
+
+    ``fn(params, *args)`` is traced to its jaxpr; every axis of every intermediate array is labelled with elements, and
+    each primitive says which elements are the same (D of equations 2-9 of DepGraph, for single positions instead of
+    whole layers).
+
+    Args:
+        fn: Any JAX function of a pytree of arrays and further arguments.
+        params: The parameters, arrays or ``jax.ShapeDtypeStruct``.
+        *args: Example arguments, arrays or ``jax.ShapeDtypeStruct``; their axes never change.
+        pin: Says of a leaf, by its path such as "params/Dense_0/kernel", whether it must keep its shape.
+        free_output: Says of an output, by its path, whether its shape may change (updated batch statistics).
+
+    Returns:
+        The groups, each with its members (leaf path, axis, indices).
+
+    Raises:
+        UnknownPrimitiveError: A primitive without a rule depends on a parameter.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
+        >>> groups = dependency_groups(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
+        >>> print(groups)
+        [0] width: 8 units
+            a axis 1: 1 a unit
+            b axis 0: 1 a unit
+
+    Reference: Fang et al., DepGraph: Towards Any Structural Pruning (2301.12900).
+    """
+    return find_groups(read_program(fn, params, args, pin=pin, free_output=free_output))
+
+
+def find_groups(program: Program) -> Groups:
+    """Sort the units of a program into groups."""
+    classes = program.classes
+    owned = _incidence([_flat(program, label) for _, _, label in _axes(program)], classes.count)
+    has_parameter = np.asarray(owned.sum(axis=0)).ravel() > 0
+    closure = classes.closure
+    reaches = closure.astype(np.int64) @ has_parameter.astype(np.int64) > 0
+    can_die = reaches & ~classes.derived
+    can_die[classes.root[FROZEN]] = False
+    units = np.nonzero(can_die)[0]
+    within = closure[units].astype(np.int64)
+
+    # a unit that would empty an axis is none
+    parts = _incidence([classes.root[p] for p in program.walk.elements.parts], classes.count)
+    whole = sparse.vstack([owned, parts]).astype(bool).astype(np.int64)
+    lengths = np.asarray(whole.sum(axis=1)).ravel()
+    emptied = (whole @ within.T).tocoo()
+    bad = np.unique(emptied.col[emptied.data == lengths[emptied.row]])
+    units, within = np.delete(units, bad), within[np.setdiff1d(np.arange(len(units)), bad)]
+
+    tables, owner = _tables(program)
+    in_table = (within @ tables.T).tocsr()
+    in_part = (within @ parts.astype(bool).astype(np.int64).T).tocsr()
+    in_owned = (within @ owned.T).tocsr()
+    blocks = np.zeros(classes.count, bool)
+    for ids in program.walk.elements.blocks:
+        blocks[classes.root[ids]] = True
+    is_block = within @ blocks.astype(np.int64) > 0
+
+    tabled = np.diff(in_table.indptr) > 0
+    signature = _signature(in_table, 1) + _signature(in_part, 2) + is_block.astype(np.uint64)
+    signature = np.where(tabled, signature, signature + _signature(in_owned, 3))
+    number = program.walk.elements.size
+    first_id = np.full(classes.count, number)
+    np.minimum.at(first_id, classes.root, np.arange(number))
+    own = np.minimum.reduceat(first_id[within.indices], within.indptr[:-1]) if len(units) else np.zeros(0, int)
+    _, first, cell = np.unique(signature, return_index=True, return_inverse=True)
+
+    # groups in the order of the first parameter position they hold, and units within a group likewise
+    rank = np.full(len(first), number)
+    np.minimum.at(rank, cell, own)
+    cell = np.argsort(np.argsort(rank, kind="stable"))[cell]
+    order = np.lexsort((own, cell))
+    units, within, in_table, is_block, cell = units[order], within[order], in_table[order], is_block[order], cell[order]
+    starts = np.searchsorted(cell, np.arange(len(first) + 1))
+    tie, feasible = _ties(starts, in_table, owner)
+
+    groups: list[Group] = []
+    chosen, held = [], []
+    seen: dict[int, int] = {}
+    rank_of = {leaf.name: len(leaf.shape) for leaf in program.leaves}
+    for c, members in enumerate(_members(program, within, starts)):
+        start, stop = starts[c], starts[c + 1]
+        if not feasible[tie[c]]:
+            held.append(
+                f"{stop - start} units of {members[0].path} axis {members[0].axis}: rows of equal length, which "
+                "these units share unevenly"
+            )
+            continue
+        kind = "block" if is_block[start] else "width"
+        form = "+".join([kind, *sorted(f"{rank_of[m.path]}d{m.axis}x{m.each}" for m in members)])
+        groups.append(Group(len(groups), kind, int(stop - start), seen.setdefault(tie[c], len(seen)), form, members))
+        chosen.append(units[start:stop])
+    return Groups(program, groups, chosen, held)
+
+
+def _axes(program: Program) -> Iterator[tuple[int, int, np.ndarray]]:
+    for i, leaf in enumerate(program.leaves):
+        for axis, label in enumerate(leaf.labels):
+            if isinstance(label, np.ndarray):
+                yield i, axis, label
+
+
+def _flat(program: Program, label: np.ndarray) -> np.ndarray:
+    return program.classes.root[label].ravel()
+
+
+def _incidence(rows: list[np.ndarray], count: int) -> sparse.csr_matrix:
+    """How often each class stands in each row."""
+    row = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    column = np.concatenate([np.zeros(0, int), *rows])
+    return sparse.csr_matrix((np.ones(len(row), np.int64), (row, column)), shape=(len(rows), count))
+
+
+def _tables(program: Program) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """All distinct rows that must stay equally long, and the table each belongs to."""
+    seen: set[bytes] = set()
+    rows: list[np.ndarray] = []
+    owner: list[int] = []
+    for table in program.walk.elements.tables:
+        ids = program.classes.root[table]
+        distinct = np.unique(ids, axis=0)
+        key = distinct.tobytes()
+        if key not in seen:
+            owner += [len(seen)] * len(distinct)
+            rows += list(distinct)
+            seen.add(key)
+    return _incidence(rows, program.classes.count), np.asarray(owner, int)
+
+
+def _signature(matrix: sparse.csr_matrix, salt: int) -> np.ndarray:
+    """A number for each row that is equal for equal rows."""
+    code = np.random.Generator(np.random.Philox(salt)).integers(1, 2**63, size=matrix.shape[1], dtype=np.uint64)
+    out = np.zeros(matrix.shape[0], np.uint64)
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    np.add.at(out, row, code[matrix.indices] * matrix.data.astype(np.uint64))
+    return out
+
+
+def _ties(starts: np.ndarray, in_table: sparse.csr_matrix, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cells joined by a table lose equally many; that works if every row of it then loses equally many."""
+    n = len(starts) - 1
+    if not n or not in_table.shape[1]:
+        return np.arange(n), np.ones(n, bool)
+    per_cell = in_table[starts[:-1]].tocoo()  # units of a cell are alike: the first stands for all
+    number = int(owner.max()) + 1
+    graph = sparse.coo_matrix(
+        (np.ones(len(per_cell.row)), (per_cell.row, n + owner[per_cell.col])), shape=(n + number,) * 2
+    )
+    tie = connected_components(graph, directed=False)[1]
+    loss = np.bincount(per_cell.col, weights=per_cell.data, minlength=len(owner))
+    least, most = np.full(number, np.inf), np.full(number, -np.inf)
+    np.minimum.at(least, owner, loss)
+    np.maximum.at(most, owner, loss)
+    feasible = np.ones(int(tie.max()) + 1, bool)
+    feasible[tie[n:][least != most]] = False
+    return tie[:n], feasible
+
+
+def _members(program: Program, within: sparse.csr_matrix, starts: np.ndarray) -> list[tuple[Member, ...]]:
+    """The parameter positions of all units, gathered by group."""
+    axes = list(_axes(program))
+    ids = np.concatenate([np.zeros(0, int), *[_flat(program, label) for _, _, label in axes]])
+    offsets = np.cumsum([0, *[label.size for _, _, label in axes]])
+    position = sparse.csr_matrix((np.ones(len(ids), np.int64), (np.arange(len(ids)), ids)), (len(ids), within.shape[1]))
+    found = (within @ position.T).tocoo()
+    unit, place = found.row, found.col
+    which = np.searchsorted(offsets, place, side="right") - 1
+    group = np.searchsorted(starts, unit, side="right") - 1
+    order = np.lexsort((place, unit, which, group))
+    unit, place, which, group = unit[order], place[order], which[order], group[order]
+    edges = np.flatnonzero(np.diff(group * len(axes) + which)) + 1
+    members: list[list[Member]] = [[] for _ in starts[1:]]
+    for part in np.split(np.arange(len(unit)), edges) if len(unit) else []:
+        g, (leaf, axis, label) = group[part[0]], axes[which[part[0]]]
+        rows = tuple(d for d, n in enumerate(label.shape) if n > 1 and d != axis)
+        places = np.stack(np.unravel_index(place[part] - offsets[which[part[0]]], label.shape), axis=1)
+        members[g].append(
+            Member(program.leaves[leaf].name, axis, rows, unit[part] - starts[g], places[:, [*rows, axis]])
+        )
+    return [tuple(m) for m in members]

@@ -1,0 +1,191 @@
+"""What was cut, as JSON: replayable on any checkpoint of the same function, and on optimizer states that mirror it.
+
+A plan is a plain dict::
+
+    {"format": "prune_jax.graph plan", "version": 1,
+     "leaves": [{"path": ["params", "Dense_0", "kernel"], "shape": [784, 300],
+                 "keep": [{"axis": 1, "rows": [], "positions": [0, 2, 5]}]}]}
+
+Every parameter leaf is listed. ``positions`` are the survivors along ``axis`` in the original numbering; where rows may
+differ (``rows`` is not empty), they are nested lists, one for every surviving position of the axes ``rows``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from prune_jax.graph.cut import Cut, take
+from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.program import Leaf, Program, keys
+
+FORMAT, VERSION = "prune_jax.graph plan", 1
+
+
+def make_plan(program: Program, dead: np.ndarray) -> dict:
+    """The plan that removes the dead classes."""
+    cut = Cut(~dead[program.classes.root])
+    leaves = []
+    for leaf in program.leaves:
+        keep = []
+        for axis, label in enumerate(leaf.labels):
+            if not isinstance(label, np.ndarray):
+                continue
+            index = cut.index(leaf.labels, axis)
+            if index.shape[axis] == leaf.shape[axis]:
+                continue
+            rows = [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
+            table = np.moveaxis(index, axis, -1)
+            table = table.reshape([n for d, n in enumerate(index.shape) if d in rows] + [index.shape[axis]])
+            keep.append({"axis": axis, "rows": rows, "positions": table.tolist()})
+        leaves.append({"path": list(leaf.path), "shape": list(leaf.shape), "keep": keep})
+    return {"format": FORMAT, "version": VERSION, "leaves": leaves}
+
+
+def check_plan(plan: Any) -> None:
+    """Raise unless this is a plan that this version can read."""
+    if not isinstance(plan, dict) or plan.get("format") != FORMAT:
+        raise ValueError(f"plan must be a dict with format {FORMAT!r}, as prune(...).plan is")
+    if plan.get("version") != VERSION:
+        raise ValueError(f"plan has version {plan.get('version')!r}; this library reads version {VERSION}")
+
+
+def deaths(program: Program, plan: dict) -> np.ndarray:
+    """The classes a plan removes from a program, completed by all that must go with them.
+
+    Raises:
+        ValueError: The plan lists other leaves or shapes, or would separate positions that belong together here.
+    """
+    check_plan(plan)
+    listed = {tuple(entry["path"]): entry for entry in plan["leaves"]}
+    here = {leaf.path: leaf for leaf in program.leaves}
+    for path in [*listed, *here]:
+        theirs = tuple(listed[path]["shape"]) if path in listed else None
+        ours = here[path].shape if path in here else None
+        if theirs != ours:
+            raise ValueError(
+                f"plan is for another function: leaf {'/'.join(path)!r} has shape {theirs} in the plan "
+                f"and {ours} in the parameters"
+            )
+    root = program.classes.root
+    alive = np.ones(program.walk.elements.size, bool)
+    for leaf in program.leaves:
+        entries = {keep["axis"]: keep for keep in listed[leaf.path]["keep"]}
+        for keep in entries.values():
+            alive[_removed(leaf, entries, keep)] = False
+    dead = np.zeros(program.classes.count, bool)
+    dead[root[~alive]] = True
+    dead = program.classes.deaths(dead)
+    cut = Cut(~dead[root])
+    for leaf in program.leaves:
+        for axis, label in enumerate(leaf.labels):
+            if isinstance(label, np.ndarray):
+                ids = _in_living_rows(cut, leaf, axis)
+                if not np.array_equal(cut.alive[ids], alive[ids]):
+                    raise ValueError(
+                        f"plan is for another function: cutting {leaf.name!r} axis {axis} as it says "
+                        "would separate positions that belong together in this one"
+                    )
+    if dead[root[FROZEN]]:
+        raise ValueError("plan is for another function: it cuts an axis that must keep its size here")
+    return dead
+
+
+def _in_living_rows(cut: Cut, leaf: Leaf, axis: int) -> np.ndarray:
+    """The elements along an axis, in the surviving rows only."""
+    ids = leaf.labels[axis]
+    assert isinstance(ids, np.ndarray)
+    for d, n in enumerate(ids.shape):
+        if n > 1 and d != axis and isinstance(leaf.labels[d], np.ndarray):
+            ids = np.take_along_axis(ids, cut.index(leaf.labels, d), axis=d)
+    return ids
+
+
+def _removed(leaf: Leaf, entries: dict[int, dict], keep: dict) -> np.ndarray:
+    """The elements that one entry of a plan removes; rows that die as a whole are left to their own axis."""
+    axis, rows = keep["axis"], list(keep["rows"])
+    label = leaf.labels[axis]
+    if not isinstance(label, np.ndarray):
+        raise ValueError(
+            f"plan cuts {leaf.name!r} axis {axis}, which must keep its size (pinned, an input or an output)"
+        )
+    own = [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
+    if own != rows:
+        raise ValueError(
+            f"plan is for another function: the positions of {leaf.name!r} axis {axis} depend on axes "
+            f"{own} here and on {rows} in the plan"
+        )
+    ids = np.moveaxis(label, axis, -1).reshape(*[leaf.shape[d] for d in rows], leaf.shape[axis])
+    living = np.ix_(*[entries[d]["positions"] if d in entries else range(leaf.shape[d]) for d in rows])
+    ids = ids[living] if rows else ids
+    gone = np.ones(ids.shape, bool)
+    np.put_along_axis(gone, np.asarray(keep["positions"], int), False, axis=-1)
+    return ids[gone]
+
+
+def apply_plan(plan: dict, tree: Any) -> Any:
+    """Cut a checkpoint, or anything that mirrors one, by a plan.
+
+    A leaf is cut when its path ends with a path of the plan (an optimizer's ``mu/params/Dense_0/kernel`` with
+    ``params/Dense_0/kernel``) and its shape is the one the plan was made for. Scalars and other leaves stay.
+
+    Args:
+        plan: As ``prune(...).plan``, also after a round trip through JSON.
+        tree: Pytree of arrays: parameters or an optimizer state of the dense function.
+
+    Returns:
+        The pytree with smaller arrays.
+
+    Raises:
+        ValueError: Not a plan, no leaf matches, or a matching leaf has another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> entry = {"path": ["a"], "shape": [3, 2], "keep": [{"axis": 0, "rows": [], "positions": [0, 2]}]}
+        >>> plan = {"format": "prune_jax.graph plan", "version": 1, "leaves": [entry]}
+        >>> apply_plan(plan, {"a": jnp.ones((3, 2))})["a"].shape
+        (2, 2)
+    """
+    check_plan(plan)
+    listed = {tuple(entry["path"]): entry for entry in plan["leaves"]}
+    flat, tree_def = jax.tree_util.tree_flatten_with_path(tree)
+    matched, out = 0, []
+    for path, x in flat:
+        entry = _longest_suffix(keys(path), listed)
+        if entry is None or np.size(x) <= 1:
+            out.append(x)
+            continue
+        if tuple(np.shape(x)) != tuple(entry["shape"]):
+            raise ValueError(
+                f"leaf {'/'.join(keys(path))!r} has shape {np.shape(x)}; the plan cuts arrays of shape "
+                f"{tuple(entry['shape'])} there"
+            )
+        matched += 1
+        out.append(_cut_leaf(x, entry["keep"]))
+    if not matched:
+        raise ValueError("no leaf of this tree has a path that the plan knows: the plan is for another function")
+    return jax.tree.unflatten(tree_def, out)
+
+
+def _longest_suffix(path: tuple[str, ...], listed: dict[tuple[str, ...], dict]) -> dict | None:
+    for start in range(len(path) + 1):
+        if path[start:] in listed:
+            return listed[path[start:]]
+    return None
+
+
+def _cut_leaf(x: Any, keep: Sequence[dict]) -> Any:
+    for entry in sorted(keep, key=lambda k: len(k["rows"])):
+        positions = np.asarray(entry["positions"], int)
+        shape = [1] * np.ndim(x)
+        for d, n in zip(sorted([*entry["rows"]]), positions.shape, strict=False):
+            shape[d] = n
+        shape[entry["axis"]] = positions.shape[-1]
+        # positions are stored with their own axis last
+        order = sorted([*entry["rows"], entry["axis"]])
+        moved = np.moveaxis(positions, -1, order.index(entry["axis"]))
+        x = take(x, moved.reshape(shape), entry["axis"])
+    return x

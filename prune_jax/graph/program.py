@@ -1,0 +1,140 @@
+"""A function read as a whole: its parameters' labels, its steps, and the classes of its elements."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.labels import Label, settle
+from prune_jax.graph.rules_control import CALLS, CONTROL_RULES
+from prune_jax.graph.rules_gather import GATHER_RULES
+from prune_jax.graph.rules_index import INDEX_RULES
+from prune_jax.graph.rules_product import PRODUCT_RULES
+from prune_jax.graph.rules_reshape import RESHAPE_RULES
+from prune_jax.graph.rules_shape import SHAPE_RULES
+from prune_jax.graph.solve import Classes
+from prune_jax.graph.walk import Body, Value, Walk
+
+RULES = {**SHAPE_RULES, **RESHAPE_RULES, **PRODUCT_RULES, **INDEX_RULES, **GATHER_RULES, **CONTROL_RULES}
+MAX_PASSES = 6
+
+
+@dataclasses.dataclass(slots=True)
+class Leaf:
+    """One parameter array."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    labels: list[Label]
+
+    @property
+    def name(self) -> str:
+        """The path as text."""
+        return "/".join(self.path) or "."
+
+
+@dataclasses.dataclass(slots=True)
+class Program:
+    """What was found out about one function at one set of argument shapes."""
+
+    leaves: list[Leaf]
+    body: Body
+    walk: Walk
+    classes: Classes
+    out_tree: Any
+
+
+def keys(path: Sequence[Any]) -> tuple[str, ...]:
+    """A pytree path as plain strings."""
+    return tuple(jax.tree_util.keystr((k,), simple=True) for k in path)
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes and dtypes of a pytree of arrays."""
+    return jax.tree.map(_spec, tree)
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    aval = jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def read_program(
+    fn: Callable, params: Any, args: tuple, *, pin: Callable[[str], bool], free_output: Callable[[str], bool]
+) -> Program:
+    """Trace ``fn`` and label everything; repeated while parameters ask for a choice row by row."""
+    params, args = abstract(params), abstract(args)
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    outputs = [keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+    nest: dict[tuple[int, int, int], bool] = {}
+    for _ in range(MAX_PASSES):
+        walk = Walk(RULES, CALLS)
+        leaves = [Leaf(keys(path), x.shape, x.dtype, []) for path, x in flat]
+        used = _used(closed.jaxpr, len(flat))
+        for i, leaf in enumerate(leaves):
+            fixed = not used[i] or pin(leaf.name) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+            leaf.labels = [None] * len(leaf.shape) if fixed else _label(walk, i, leaf.shape, nest)
+        walk.parameter_of = lambda ids, walk=walk, leaves=leaves: _parameter(walk, leaves, ids)  # type: ignore[misc]
+        inputs = [Value(v.aval, list(leaf.labels)) for v, leaf in zip(closed.jaxpr.invars, leaves, strict=False)]
+        inputs += [
+            Value(v.aval, [None] * len(getattr(v.aval, "shape", ()))) for v in closed.jaxpr.invars[len(leaves) :]
+        ]
+        body = walk.read(closed.jaxpr, list(closed.consts), inputs)
+        if set(walk.nest) <= set(nest):
+            break
+        nest |= walk.nest
+    for value, path in zip(body.outputs, outputs, strict=True):
+        if not free_output("/".join(path)):
+            labels = list(value.labels)
+            for d in range(len(labels)):
+                settle(walk.elements, labels, d)
+    return Program(leaves, body, walk, Classes(walk.elements), jax.tree.structure(shapes))
+
+
+def _used(jaxpr: Any, count: int) -> list[bool]:
+    names = {id(a) for eqn in jaxpr.eqns for a in eqn.invars} | {id(a) for a in jaxpr.outvars}
+    return [id(v) in names for v in jaxpr.invars[:count]]
+
+
+def _label(walk: Walk, leaf: int, shape: tuple[int, ...], nest: dict[tuple[int, int, int], bool]) -> list[Label]:
+    labels: list[Label] = []
+    for axis, n in enumerate(shape):
+        if n == 1:
+            labels.append(None)
+            continue
+        rows = [row for (which, row, own) in nest if (which, own) == (leaf, axis) and (leaf, axis, row) not in nest]
+        rows = [row for row in rows if shape[row] > 1]
+        ids = walk.elements.fresh(tuple(m if d == axis or d in rows else 1 for d, m in enumerate(shape)))
+        if rows:
+            walk.elements.table(ids, axis)
+        else:
+            walk.sources[int(ids.flat[0])] = (leaf, axis, n)
+        labels.append(ids)
+    for (which, row, _), block in nest.items():
+        ids_of_row = labels[row] if which == leaf else None
+        if block and isinstance(ids_of_row, np.ndarray):
+            walk.elements.block(ids_of_row)
+    return labels
+
+
+def _parameter(walk: Walk, leaves: list[Leaf], ids: np.ndarray) -> str:
+    """Parameters whose positions stand along an axis, for an error message."""
+    root = Classes(walk.elements).root
+    here = np.unique(root[ids])
+    here = here[here != root[FROZEN]]
+    names = [
+        f"parameter {leaf.name!r} axis {axis}"
+        for leaf in leaves
+        for axis, label in enumerate(leaf.labels)
+        if isinstance(label, np.ndarray) and np.isin(root[label], here).any()
+    ]
+    return names[0] if names else "a value whose size may change"

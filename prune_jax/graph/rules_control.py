@@ -1,0 +1,220 @@
+"""Rules for primitives that hold jaxprs: calls, loops, branches and functions with derivative rules of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
+
+from prune_jax.graph.cut import Cut
+from prune_jax.graph.labels import Label, settle, unify
+from prune_jax.graph.rules_shape import drop
+from prune_jax.graph.walk import Body, Run, Value, Walk, shape_of
+
+
+def _closed(inner: Any) -> tuple[Jaxpr, list]:
+    return (inner.jaxpr, list(inner.consts)) if hasattr(inner, "jaxpr") else (inner, [])
+
+
+def call(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """jit and closed calls: read through."""
+    jaxpr, consts = _closed(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+    body = walk.read(jaxpr, consts, ins)
+    return body.outputs, body.run
+
+
+def remat(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """Read through; what is rematerialised stays so."""
+    jaxpr, consts = _closed(eqn.params["jaxpr"])
+    body = walk.read(jaxpr, consts, [Value(v.aval, v.labels, None, v.summed) for v in ins], cut_outputs=True)
+
+    def run(cut: Cut, *args: Any) -> list:
+        inner = jax.checkpoint(
+            lambda *xs: body.run(cut, *xs), prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+        )
+        return inner(*args)
+
+    return body.outputs, run
+
+
+def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """Read through, and keep the rule: its derivative program is traced at the original size and cut likewise.
+
+    Inside a derivative program such functions are only read through: a rule that calls its own function would never
+    end.
+    """
+    if walk.in_derivative:
+        plain = walk.read(*_closed(eqn.params["call_jaxpr"]), [Value(v.aval, v.labels) for v in ins], cut_outputs=True)
+        return plain.outputs, plain.run
+    variables = [v for v in eqn.invars if isinstance(v, Var)]
+    moving = [i for i, v in enumerate(eqn.invars) if isinstance(v, Var)]
+    ins = [Value(v.aval, v.labels) for v in ins]
+    jaxpr, consts = _closed(eqn.params["call_jaxpr"])
+    outvars = [Var(v.aval) if isinstance(v, DropVar) else v for v in eqn.outvars]
+    alone = jaxpr.replace(
+        constvars=[], invars=variables, outvars=outvars, eqns=[eqn.replace(outvars=outvars)], effects=eqn.effects
+    )
+    original = jaxpr_as_fun(ClosedJaxpr(alone, []))
+    primal = walk.read(jaxpr, consts, ins, cut_outputs=True)
+    avals = [_spec(v) for v in variables]
+    inputs = [ins[i] for i in moving]
+    forward = eqn.primitive.name == "custom_jvp_call"
+    if forward:
+        tangents = [jax.ShapeDtypeStruct(a.shape, _tangent(a.dtype)) for a in avals]
+        closed = jax.make_jaxpr(lambda x, t: jax.jvp(original, x, t))(avals, tangents)
+        sources = [*inputs, *inputs]
+        targets = [*primal.outputs, *primal.outputs]
+    else:
+        cotangents = [_spec(v, tangent=True) for v in eqn.outvars]
+        closed = jax.make_jaxpr(lambda x, t: jax.vjp(original, *x)[1](list(t)))(avals, cotangents)
+        sources = [*inputs, *primal.outputs]
+        targets = inputs
+    values = [
+        Value(v.aval, s.labels) for v, s in zip(closed.jaxpr.invars, [walk.settled(s) for s in sources], strict=True)
+    ]
+    walk.in_derivative = True
+    rule = walk.read(closed.jaxpr, closed.consts, values, cut_outputs=True)
+    walk.in_derivative = False
+    for got, wanted in zip(rule.outputs, targets, strict=True):
+        _share(walk, got, wanted)
+    return primal.outputs, _differentiable(primal, rule, moving, forward)
+
+
+def _spec(var: Any, *, tangent: bool = False) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, _tangent(var.aval.dtype) if tangent else var.aval.dtype)
+
+
+def _tangent(dtype: Any) -> Any:
+    return dtype if jax.numpy.issubdtype(dtype, jax.numpy.inexact) else jax.dtypes.float0
+
+
+def _differentiable(primal: Body, rule: Body, moving: list[int], forward: bool) -> Run:
+    def run(cut: Cut, *args: Any) -> list:
+        def full(xs: Any) -> list:
+            values = list(args)
+            for i, x in zip(moving, xs, strict=True):
+                values[i] = x
+            return values
+
+        def evaluate(*xs: Any) -> tuple:
+            return tuple(primal.run(cut, *full(xs)))
+
+        xs = [args[i] for i in moving]
+        if not forward:
+            backward = jax.custom_vjp(evaluate)
+            backward.defvjp(lambda *xs: (backward(*xs), xs), lambda xs, cts: tuple(rule.run(cut, *xs, *cts)))
+            return list(backward(*xs))
+        function = jax.custom_jvp(evaluate)
+
+        def jvp(xs: Any, ts: Any) -> tuple:
+            out = rule.run(cut, *xs, *ts)
+            return function(*xs), tuple(out[len(out) // 2 :])
+
+        function.defjvp(jvp)
+        return list(function(*xs))
+
+    return run
+
+
+def _share(walk: Walk, a: Value, b: Value) -> list[Label]:
+    return unify(walk.elements, walk.settled(a).labels, walk.settled(b).labels, a.shape)
+
+
+def _inner(walk: Walk, value: Value, aval: Any) -> Value:
+    """One step's slice of a scanned array: the leading axis must not change."""
+    labels = list(value.labels)
+    settle(walk.elements, labels, 0)
+    labels = [walk.elements.collapse(x, (0,)) if isinstance(x, np.ndarray) else x for x in labels]
+    return Value(aval, drop(labels, (0,)))
+
+
+def scan(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """Every step sees the same labels; the carry's are those it started with."""
+    p = eqn.params
+    jaxpr, consts = _closed(p["jaxpr"])
+    # constants and carry enter the body as they are, scanned arrays lose their leading axis
+    m = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
+    carried = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
+    n = m - carried
+    inputs = [Value(v.aval, v.labels) for v in ins[:m]]
+    inputs += [_inner(walk, v, var.aval) for v, var in zip(ins[m:], jaxpr.invars[m:], strict=True)]
+    before = len(walk.costs)
+    body = walk.read(jaxpr, consts, inputs, cut_outputs=True)
+    once, walk.costs[before:] = walk.costs[before:], []
+    walk.count(lambda cut: p["length"] * sum(cost(cut) for cost in once))
+    for start, end in zip(inputs[n:m], body.outputs[:carried], strict=True):
+        _share(walk, start, end)
+    outs = [Value(o.aval, v.labels) for o, v in zip(eqn.outvars, inputs[n:m], strict=False)]
+    for o, v in zip(eqn.outvars[carried:], body.outputs[carried:], strict=True):
+        labels = [x.reshape(1, *x.shape) if isinstance(x, np.ndarray) else x for x in v.labels]
+        outs.append(Value(o.aval, [None, *labels]))
+
+    def run(cut: Cut, *args: Any) -> list:
+        fixed, carry, xs = args[:n], args[n:m], args[m:]
+
+        def step(c: Any, x: Any) -> tuple:
+            out = body.run(cut, *fixed, *c, *x)
+            return tuple(out[:carried]), tuple(out[carried:])
+
+        end: Any
+        ys: Any
+        end, ys = lax.scan(step, tuple(carry), tuple(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+        return [*end, *ys]
+
+    return outs, run
+
+
+def while_(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """The carry keeps its labels through the loop."""
+    p = eqn.params
+    n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+    plain = [Value(v.aval, v.labels) for v in ins]
+    test = walk.read(*_closed(p["cond_jaxpr"]), [*plain[:n], *plain[m:]], cut_outputs=True)
+    body = walk.read(*_closed(p["body_jaxpr"]), plain[n:], cut_outputs=True)
+    for start, end in zip(plain[m:], body.outputs, strict=True):
+        _share(walk, start, end)
+
+    def run(cut: Cut, *args: Any) -> list:
+        end = lax.while_loop(
+            lambda c: test.run(cut, *args[:n], *c)[0], lambda c: tuple(body.run(cut, *args[n:m], *c)), tuple(args[m:])
+        )
+        return list(end)
+
+    return [Value(o.aval, v.labels) for o, v in zip(eqn.outvars, plain[m:], strict=True)], run
+
+
+def cond(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """All branches return arrays with the same labels."""
+    plain = [Value(v.aval, v.labels) for v in ins[1:]]
+    bodies = []
+    for branch in eqn.params["branches"]:
+        bodies.append(walk.read(*_closed(branch), [walk.settled(v) for v in plain], cut_outputs=True))
+    outs = []
+    for o, *values in zip(eqn.outvars, *[b.outputs for b in bodies], strict=True):
+        labels = walk.settled(values[0]).labels
+        for v in values[1:]:
+            labels = unify(walk.elements, labels, walk.settled(v).labels, v.shape)
+        outs.append(Value(o.aval, labels))
+
+    def run(cut: Cut, which: Any, *args: Any) -> list:
+        branches = [lambda *xs, body=body: body.run(cut, *xs) for body in bodies]
+        return list(lax.switch(which, branches, *args))
+
+    return outs, run
+
+
+CALLS = {"jit": call, "pjit": call, "closed_call": call, "core_call": call, "call": call}
+CONTROL_RULES = {
+    "remat": remat,
+    "remat2": remat,
+    "checkpoint": remat,
+    "scan": scan,
+    "while": while_,
+    "cond": cond,
+    "custom_jvp_call": custom_derivative,
+    "custom_vjp_call": custom_derivative,
+    "custom_vjp_call_jaxpr": custom_derivative,
+}

@@ -1,0 +1,255 @@
+"""Rules for elementwise operations, reductions and changes of shape."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from prune_jax.graph.cut import Cut
+from prune_jax.graph.labels import Free, Label, is_number, settle, static, unify
+from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
+
+ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
+clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+igamma igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul name ne neg nextafter not
+one_minus_square or polygamma population_count pow pvary real reduce_precision rem round rsqrt select_n
+sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
+tan tanh xor
+"""
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
+CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+KEEPS_SUM = {"broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "transpose", "copy", "neg"}
+
+
+def labelled(eqn: JaxprEqn, labels: list[Label], **extra: Any) -> list[Value]:
+    """The one output of an equation, labelled."""
+    return [Value(eqn.outvars[0].aval, labels, **extra)]
+
+
+def elementwise(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """All operands of full rank share their labels; scalars have none, and axes of size 1 stretch to any size."""
+    shape = shape_of(eqn.outvars[0])
+    full = [_stretched(v, shape) for v in ins if len(v.shape) == len(shape)]
+    if not full:  # a bitcast between types of unlike width
+        return walk.unknown(eqn, ins)
+    labels = full[0]
+    for other in full[1:]:
+        _seek_nesting(walk, labels, other)
+        labels = unify(walk.elements, labels, other, shape)
+    summed = ins[0].summed if eqn.primitive.name in KEEPS_SUM else None
+    return labelled(eqn, labels, summed=summed), None
+
+
+def _stretched(value: Value, shape: tuple) -> list[Label]:
+    return [
+        Free() if is_number(n) and n == 1 and static(m) else x
+        for x, n, m in zip(value.labels, value.shape, shape, strict=True)
+    ]
+
+
+def _seek_nesting(walk: Walk, a: list[Label], b: list[Label]) -> None:
+    """A bias (heads, dims) added to something whose dims may go head by head would gain from going so too."""
+    for table, plain in ((a, b), (b, a)):
+        for axis, label in enumerate(table):
+            if isinstance(label, np.ndarray):
+                rows = tuple(d for d, n in enumerate(label.shape) if n > 1 and d != axis)
+                for row in rows:
+                    walk.seek_nesting(plain, (row, axis))
+
+
+def divide(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Elementwise; but a sum over n entries divided by the constant n is a mean, and n becomes the cut number."""
+    outs, run = elementwise(walk, eqn, ins)
+    total, divisor = ins[0], ins[1]
+    if eqn.primitive.name == "mul" and total.summed is None:
+        total, divisor = divisor, total
+    if total.summed is None or divisor.shape not in ((), total.shape):
+        return outs, run
+    labels, shape, axes = total.summed
+    number = divisor.known()
+    if number is None or number.size == 0 or not any(labels[a] is not None for a in axes):
+        return outs, run
+    n = math.prod(shape[a] for a in axes)
+    expected = n if eqn.primitive.name == "div" else 1 / n
+    dtype = divisor.aval.dtype
+    rounding = 2 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
+    if not np.allclose(np.asarray(number, np.float64), expected, rtol=rounding, atol=0):
+        return outs, run
+    side = 1 if divisor is ins[1] else 0
+
+    def mean(cut: Cut, *values: Any) -> list:
+        new = math.prod(cut.size(labels, a, shape[a]) for a in axes)
+        operands = list(values)
+        operands[side] = lax.full(np.shape(values[side]), new if eqn.primitive.name == "div" else 1 / new, dtype)
+        return bind(eqn, operands)
+
+    return outs, mean
+
+
+def barrier(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Every operand passes as it is."""
+    return [Value(o.aval, v.labels, summed=v.summed) for o, v in zip(eqn.outvars, ins, strict=True)], None
+
+
+def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """New and stretched axes are free; the others keep their labels."""
+    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    source = ins[0]
+    labels: list[Label] = [Free() if static(n) else None for n in shape]
+    for d, out in enumerate(where):
+        label = source.labels[d]
+        if source.shape[d] is shape[out] or source.shape[d] == shape[out]:
+            labels[out] = _reframe(label, where, len(shape))
+    dims = tuple(where)
+
+    def run(cut: Cut, x: Any, *sizes: Any) -> list:
+        return [lax.broadcast_in_dim(x, cut.shape(labels, shape), dims)]
+
+    return labelled(eqn, labels, summed=source.summed), run
+
+
+def _reframe(label: Label, where: tuple[int, ...], rank: int) -> Label:
+    """A label of an array whose dimension d becomes ``where[d]`` of an array of rank ``rank``."""
+    if not isinstance(label, np.ndarray):
+        return label
+    shape = [1] * rank
+    for d, out in enumerate(where):
+        shape[out] = label.shape[d]
+    return label.reshape(shape)
+
+
+def transpose(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Labels move with their axes."""
+    order = eqn.params["permutation"]
+    labels = [ins[0].labels[d] for d in order]
+    labels = [x.transpose(order) if isinstance(x, np.ndarray) else x for x in labels]
+    return labelled(eqn, labels, summed=ins[0].summed), None
+
+
+def squeeze(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Axes of size 1 go."""
+    return labelled(eqn, drop(ins[0].labels, tuple(eqn.params["dimensions"])), summed=ins[0].summed), None
+
+
+def drop(labels: list[Label], dims: tuple[int, ...]) -> list[Label]:
+    """Labels without the axes ``dims``, on which no other may depend any more."""
+    kept = [x for d, x in enumerate(labels) if d not in dims]
+    return [
+        x.reshape([n for d, n in enumerate(x.shape) if d not in dims]) if isinstance(x, np.ndarray) else x for x in kept
+    ]
+
+
+def reduce(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Reduced axes go; what depended on their positions becomes independent of them."""
+    axes = tuple(eqn.params["axes"])
+    source = ins[0]
+    summed = (source.labels, source.shape, axes) if eqn.primitive.name == "reduce_sum" else None
+    return labelled(eqn, reduced(walk, source.labels, axes), summed=summed), None
+
+
+def reduced(walk: Walk, labels: list[Label], axes: tuple[int, ...]) -> list[Label]:
+    """Labels after the axes ``axes`` have been summed away."""
+    labels = [
+        walk.elements.collapse(x, axes) if isinstance(x, np.ndarray) and d not in axes else x
+        for d, x in enumerate(labels)
+    ]
+    return drop(labels, axes)
+
+
+def argreduce(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """A position is an output: the axis it counts along must not change."""
+    axes = tuple(eqn.params["axes"])
+    labels = list(ins[0].labels)
+    for axis in axes:
+        settle(walk.elements, labels, axis)
+    return labelled(eqn, reduced(walk, labels, axes)), None
+
+
+def cumulative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Labels stay; rows along the accumulated axis become alike."""
+    axis = eqn.params["axis"]
+    labels = [
+        walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) and d != axis else x
+        for d, x in enumerate(ins[0].labels)
+    ]
+    return labelled(eqn, labels), None
+
+
+def sort(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Operands are sorted together along one axis, which must not change."""
+    axis = eqn.params["dimension"]
+    labels = ins[0].labels
+    for v in ins[1:]:
+        labels = unify(walk.elements, labels, v.labels, v.shape)
+    labels = list(labels)
+    settle(walk.elements, labels, axis)
+    labels = [walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+    return [Value(o.aval, labels) for o in eqn.outvars], None
+
+
+def top_k(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """The largest along the last axis, which must not change."""
+    labels = list(ins[0].labels)
+    axis = eqn.params.get("axis", -1) % len(labels)
+    settle(walk.elements, labels, axis)
+    labels = [walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+    return [Value(o.aval, labels) for o in eqn.outvars], None
+
+
+def random_bits(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Noise has whatever size its neighbours have; a cut network draws other numbers than the dense one."""
+    shape = eqn.params["shape"]
+    if ins[0].shape:
+        shape = shape_of(eqn.outvars[0])
+        return labelled(eqn, [None] * len(shape)), None
+    labels: list[Label] = [Free() if static(n) else None for n in shape]
+
+    def run(cut: Cut, key: Any, *sizes: Any) -> list:
+        return [eqn.primitive.bind(key, *sizes, **{**eqn.params, "shape": cut.shape(labels, shape)})]
+
+    return labelled(eqn, labels), run
+
+
+def reverse(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Reversed axes carry their labels reversed."""
+    dims = tuple(eqn.params["dimensions"])
+    labels = [np.flip(x, dims) if isinstance(x, np.ndarray) else x for x in ins[0].labels]
+    return labelled(eqn, labels), None
+
+
+def reduce_window(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """Axes a window slides over must not change; the others pass."""
+    p = eqn.params
+    labels = list(ins[0].labels)
+    for d in range(len(labels)):
+        trivial = p["window_dimensions"][d] == 1 and p["window_strides"][d] == 1 and tuple(p["padding"][d]) == (0, 0)
+        if not trivial or p["base_dilation"][d] != 1:
+            settle(walk.elements, labels, d)
+            labels = [walk.elements.collapse(x, (d,)) if isinstance(x, np.ndarray) else x for x in labels]
+    return labelled(eqn, labels), None
+
+
+SHAPE_RULES = {
+    **dict.fromkeys(ELEMENTWISE.split(), elementwise),
+    **dict.fromkeys(REDUCTIONS, reduce),
+    **dict.fromkeys(CUMULATIVE, cumulative),
+    **dict.fromkeys(("argmax", "argmin"), argreduce),
+    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), reduce_window),
+    "div": divide,
+    "mul": divide,
+    "optimization_barrier": barrier,
+    "device_put": barrier,
+    "broadcast_in_dim": broadcast_in_dim,
+    "transpose": transpose,
+    "squeeze": squeeze,
+    "sort": sort,
+    "top_k": top_k,
+    "random_bits": random_bits,
+    "rev": reverse,
+}

@@ -1,0 +1,178 @@
+"""From recorded facts to units: the smallest sets of positions that can go together.
+
+Unions are resolved by connected components on arrays (no recursion). Joins are then brought to a normal form: a join
+with one factor left is a union, equal factors make equal joints, equal joints make equal factors. What remains are
+classes of elements; those that are no joint of others, not frozen, and reach a parameter are the units. What dies with
+a unit is its closure: itself, and every joint of which it is a factor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from prune_jax.graph.elements import FROZEN, Elements
+
+
+def _hashes(count: int) -> np.ndarray:
+    # fixed 64-bit numbers: sums of them tell sets of classes apart
+    return np.random.Generator(np.random.Philox(7)).integers(1, 2**63, size=count, dtype=np.uint64)
+
+
+class Classes:
+    """Elements up to sameness, and which classes can die."""
+
+    def __init__(self, elements: Elements) -> None:
+        self._elements = elements
+        self._edges = [(a, b) for a, b in elements.edges]
+        self._joint, self._factors = _stack(elements.joins)
+        self._patterns = [tuple(np.unique(f, return_inverse=True)[1].tobytes() for f in fs) for _, fs in elements.joins]
+        self.root = np.zeros(0, int)
+        self._resolve()
+        while self._simplify():
+            self._resolve()
+        live = self._factors_now() != self.root[FROZEN]
+        inner = live.sum(axis=1) > 1
+        width = self._factors.shape[1]
+        child = np.repeat(self.root[self._joint][inner], width)[live[inner].ravel()]
+        parent = self._factors_now()[inner].ravel()[live[inner].ravel()]
+        n = self.count
+        step = sparse.csr_matrix((np.ones(len(child), bool), (parent, child)), shape=(n, n))
+        self.derived = np.zeros(n, bool)
+        self.derived[child] = True
+        closure = (step + sparse.identity(n, dtype=bool, format="csr")).astype(bool)
+        while True:
+            wider = (closure @ closure).astype(bool)
+            if wider.nnz == closure.nnz:
+                break
+            closure = wider
+        self.closure = closure.tocsr()
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return int(self.root.max()) + 1
+
+    def _resolve(self) -> None:
+        a = np.concatenate([np.zeros(0, int), *[e[0] for e in self._edges]])
+        b = np.concatenate([np.zeros(0, int), *[e[1] for e in self._edges]])
+        n = self._elements.size
+        graph = sparse.coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(n, n))
+        self.root = connected_components(graph, directed=False)[1].astype(np.int64)
+        # keep one edge an element from here on
+        first = np.zeros(self.count, int)
+        first[self.root[::-1]] = np.arange(n)[::-1]
+        self._edges = [(np.arange(n), first[self.root])]
+
+    def _factors_now(self) -> np.ndarray:
+        return self.root[self._factors]
+
+    def _simplify(self) -> bool:
+        """One round of normalisation; True if it found anything."""
+        if not len(self._joint):
+            return False
+        frozen = self.root[FROZEN]
+        joint, factors = self.root[self._joint], self._factors_now()
+        live = factors != frozen
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def say(a: np.ndarray, b: np.ndarray) -> None:
+            different = self.root[a] != self.root[b]
+            if different.any():
+                found.append((a[different], b[different]))
+
+        stuck = np.nonzero((joint == frozen)[:, None] & live)
+        say(self._factors[stuck], np.zeros(len(stuck[0]), int))
+        number = live.sum(axis=1)
+        say(self._joint[number == 0], np.zeros(int((number == 0).sum()), int))
+        # factors sorted, repetitions and frozen ones at the front as -1
+        key = np.sort(np.where(live, factors, -1), axis=1)
+        key[:, 1:][key[:, 1:] == key[:, :-1]] = -1
+        key.sort(axis=1)
+        one = (key >= 0).sum(axis=1) == 1
+        if one.any():
+            column = np.argmax(factors == key[:, -1:], axis=1)
+            say(self._joint[one], self._factors[np.arange(len(column)), column][one])
+        _, first, group = np.unique(key, axis=0, return_index=True, return_inverse=True)
+        several = number > 1
+        say(self._joint[several], self._joint[first[group.ravel()]][several])
+        for a, b in self._equal_tables(joint):
+            say(a, b)
+        if not found:
+            child_key = self._children(joint, factors, live)
+            say(*child_key)
+        self._edges += found
+        return bool(found)
+
+    def _equal_tables(self, joint: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Two splits of the same joints into equally shaped factors are the same split."""
+        seen: dict[tuple, tuple[int, int]] = {}
+        same = []
+        start = 0
+        for (ids, _), pattern in zip(self._elements.joins, self._patterns, strict=True):
+            stop = start + len(ids)
+            other = seen.setdefault((joint[start:stop].tobytes(), pattern), (start, stop))
+            if other[0] != start:
+                same.append((self._factors[start:stop].ravel(), self._factors[other[0] : other[1]].ravel()))
+            start = stop
+        return same
+
+    def _children(self, joint: np.ndarray, factors: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Two factors with the same joints are the same: neither can die without the other."""
+        inner = live.sum(axis=1) > 1
+        rows, columns = np.nonzero(live & inner[:, None])
+        pairs, index = np.unique(np.stack([factors[rows, columns], joint[rows]]), axis=1, return_index=True)
+        total = np.zeros(self.count, np.uint64)
+        np.add.at(total, pairs[0], _hashes(self.count)[pairs[1]])
+        element = self._factors[rows, columns][index]
+        derived = np.zeros(self.count, bool)
+        derived[joint[inner]] = True
+        free = ~derived[pairs[0]]
+        element, total = element[free], total[pairs[0]][free]
+        _, first, group = np.unique(total, return_index=True, return_inverse=True)
+        return element, element[first[group]]
+
+    def deaths(self, dead: np.ndarray) -> np.ndarray:
+        """Complete a set of dead classes: joints of dead factors, and factors that dead joints imply."""
+        if not len(self._joint):
+            return dead
+        dead = dead.copy()
+        joint, factors = self.root[self._joint], self._factors_now()
+        while True:
+            before = dead.sum()
+            np.logical_or.at(dead, joint, dead[factors].any(axis=1))
+            unexplained = dead[joint] & ~dead[factors].any(axis=1)
+            if unexplained.any():
+                if not (rows := self._dead_rows(joint, factors, dead, unexplained)).any():
+                    live = factors != self.root[FROZEN]
+                    last = factors.shape[1] - 1 - np.argmax(live[:, ::-1], axis=1)
+                    rows[factors[unexplained, last[unexplained]]] = True
+                dead |= rows
+            if dead.sum() == before:
+                return dead
+
+    def _dead_rows(
+        self, joint: np.ndarray, factors: np.ndarray, dead: np.ndarray, unexplained: np.ndarray
+    ) -> np.ndarray:
+        """Rows (any factor but the last) all of whose joints are dead; if there is none, it was slots that died."""
+        rows = np.zeros(self.count, bool)
+        for column in range(factors.shape[1] - 1):
+            total = np.bincount(factors[:, column], minlength=self.count)
+            gone = np.bincount(factors[:, column], weights=dead[joint], minlength=self.count)
+            here = np.zeros(self.count, bool)
+            here[factors[unexplained, column]] = True
+            rows = here & (total == gone) & ~dead
+            rows[self.root[FROZEN]] = False
+            if rows.any():
+                break
+        return rows
+
+
+def _stack(joins: list[tuple[np.ndarray, list[np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
+    """All joins as one array of joints and one of factors, padded in front with the frozen element."""
+    width = max([2, *[len(f) for _, f in joins]])
+    if not joins:
+        return np.zeros(0, int), np.zeros((0, width), int)
+    rows = [np.stack([*[np.zeros_like(ids)] * (width - len(factors)), *factors], axis=1) for ids, factors in joins]
+    return np.concatenate([ids for ids, _ in joins]), np.concatenate(rows)

@@ -1,0 +1,259 @@
+"""Reading a jaxpr: every equation's rule labels its outputs and says how to run it at other sizes.
+
+Values that depend on neither parameters nor arguments (masks from iota, captured arrays, position tables) are kept
+whole: they are computed as in the original program and cut where they first meet something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from prune_jax.graph.cut import Cut
+from prune_jax.graph.elements import Elements
+from prune_jax.graph.errors import UnknownPrimitiveError
+from prune_jax.graph.labels import Free, Label, is_number, place, resolve, settle, static
+
+Run = Callable[..., list]
+ELEMENTS_WORTH_KNOWING = 1 << 20
+
+
+class Const:
+    """A value known from the program alone; its number is computed only when a rule asks for it."""
+
+    def __init__(self, eqn: JaxprEqn | None, args: list[Const], value: Any = None) -> None:
+        self.eqn, self.args, self.value = eqn, args, value
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all entries are alike because a scalar was broadcast."""
+        return (
+            self.eqn is not None and self.eqn.primitive.name == "broadcast_in_dim" and not shape_of(self.eqn.invars[0])
+        )
+
+    def get(self) -> np.ndarray | None:
+        """The value, or None where it cannot be had (a tracer, a symbolic size)."""
+        stack = [self]
+        while stack:
+            node = stack[-1]
+            missing = [a for a in node.args if a.value is None]
+            if node.value is not None or not missing:
+                stack.pop()
+                if node.value is None and not node.compute():
+                    return None
+            else:
+                stack.extend(missing)
+        return None if isinstance(self.value, jax.core.Tracer) else np.asarray(self.value)
+
+    def compute(self) -> bool:
+        """Compute the value from those of its arguments; False where that cannot be done."""
+        assert self.eqn is not None
+        shape = shape_of(self.eqn.outvars[0])
+        known = all(is_number(n) for n in shape) and np.prod(shape) <= ELEMENTS_WORTH_KNOWING
+        if not known or len(self.eqn.outvars) > 1 or any(isinstance(a.value, jax.core.Tracer) for a in self.args):
+            return False
+        with jax.ensure_compile_time_eval():
+            self.value = self.eqn.primitive.bind(*[a.value for a in self.args], **self.eqn.params)
+        return True
+
+
+@dataclasses.dataclass(slots=True)
+class Value:
+    """What is known about one operand: its labels, whether it is a constant, and how many entries it sums up."""
+
+    aval: Any
+    labels: list[Label]
+    const: Const | None = None
+    summed: tuple[list[Label], tuple, tuple[int, ...]] | None = None  # labels and shape of the source, reduced axes
+
+    @property
+    def shape(self) -> tuple:
+        """The original shape."""
+        return self.aval.shape
+
+    def known(self) -> np.ndarray | None:
+        """The value, where the program alone determines it."""
+        return None if self.const is None else self.const.get()
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """One equation ready to be run at other sizes."""
+
+    eqn: JaxprEqn
+    inputs: list[Value]
+    run: Run | None
+    whole: bool  # constants go in and come out uncut
+
+
+@dataclasses.dataclass(slots=True)
+class Body:
+    """A jaxpr that has been read."""
+
+    jaxpr: Jaxpr
+    consts: list[Any]
+    steps: list[Step]
+    outputs: list[Value]
+    cut_outputs: bool
+
+    def run(self, cut: Cut, *args: Any) -> list:
+        """Evaluate with cut arguments."""
+        env: dict[Var, Any] = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
+        env.update(zip(self.jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for step in self.steps:
+            values = [read(a) for a in step.eqn.invars]
+            if not step.whole:
+                values = [cut.constant(x, v) if v.const else x for x, v in zip(values, step.inputs, strict=True)]
+            outs = step.run(cut, *values) if step.run else bind(step.eqn, values)
+            env.update(zip(step.eqn.outvars, outs, strict=True))
+        results = [read(a) for a in self.jaxpr.outvars]
+        if self.cut_outputs:
+            results = [cut.constant(x, v) if v.const else x for x, v in zip(results, self.outputs, strict=True)]
+        return results
+
+
+def bind(eqn: JaxprEqn, values: list) -> list:
+    """Run an equation's primitive on new operands, its parameters unchanged."""
+    out = eqn.primitive.bind(*values, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+class Walk:
+    """One reading of a program; rules find the record of elements and helpers here."""
+
+    def __init__(self, rules: dict[str, Callable], calls: dict[str, Callable]) -> None:
+        self.elements = Elements()
+        self.rules, self.calls = rules, calls
+        self.sources: dict[int, tuple[int, int, int]] = {}  # first element of a parameter axis -> leaf, axis, size
+        self.nest: dict[tuple[int, int, int], bool] = {}  # (leaf, row axis, axis) -> whether rows are blocks (heads)
+        self.path: list[JaxprEqn] = []  # the equations being read, from the outermost in
+        self.in_derivative = False
+        self.costs: list[Callable[[Cut], float]] = []
+        self.parameter_of: Callable[[np.ndarray], str] = lambda ids: "?"
+
+    def count(self, cost: Callable[[Cut], float]) -> None:
+        """Add the FLOPs of one equation of the primal program."""
+        if not self.in_derivative:
+            self.costs.append(cost)
+
+    def source(self, label: Label) -> tuple[int, int] | None:
+        """The parameter leaf and axis whose very own label this is."""
+        if not isinstance(label, np.ndarray) or label.size != max(label.shape):
+            return None
+        leaf, axis, size = self.sources.get(int(label.flat[0]), (-1, -1, -1))
+        return (leaf, axis) if size == label.size else None
+
+    def seek_nesting(self, labels: list[Label], axes: tuple[int, ...]) -> None:
+        """Note which of these axes stem side by side from one parameter, as heads and dims of a 3-d kernel do."""
+        found = [s for s in (self.source(labels[a]) for a in axes) if s is not None]
+        for i, (leaf, axis) in enumerate(found):
+            for other, row in found[:i]:
+                if other == leaf:
+                    self.nest[leaf, row, axis] = True
+
+    def read(self, jaxpr: Jaxpr, consts: list, inputs: list[Value], *, cut_outputs: bool = False) -> Body:
+        """Label every variable of ``jaxpr``; ``cut_outputs`` gives constant outputs labels as if consumed."""
+        env: dict[Var, Value] = {}
+        for var, x in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = Value(var.aval, [None] * len(shape_of(var)), Const(None, [], x))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def look(atom: Any) -> Value:
+            return Value(atom.aval, [], Const(None, [], atom.val)) if isinstance(atom, Literal) else env[atom]
+
+        steps = []
+        for eqn in jaxpr.eqns:
+            self.path.append(eqn)
+            values = [look(a) for a in eqn.invars]
+            name = eqn.primitive.name
+            whole = True
+            if name in self.calls:
+                outs, run = self.calls[name](self, eqn, [self.settled(v) for v in values])
+            elif not eqn.effects and all(v.const for v in values) and not _has_jaxpr(eqn) and _concrete(eqn):
+                constant = Const(eqn, [v.const for v in values if v.const])
+                outs = [Value(o.aval, [None] * len(shape_of(o)), constant) for o in eqn.outvars]
+                run = None
+            else:
+                whole = False
+                values = [self.consumed(v) for v in values]
+                outs, run = self.apply(eqn, values)
+            steps.append(Step(eqn, values, run, whole))
+            env.update(zip(eqn.outvars, outs, strict=True))
+            self.path.pop()
+        outputs = [look(a) for a in jaxpr.outvars]
+        if cut_outputs:
+            outputs = [self.consumed(v) for v in outputs]
+        return Body(jaxpr, consts, steps, [self.settled(v) for v in outputs], cut_outputs)
+
+    def apply(self, eqn: JaxprEqn, values: list[Value]) -> tuple[list[Value], Run | None]:
+        """Use the rule of an ordinary primitive."""
+        rule = self.rules.get(eqn.primitive.name, Walk.unknown)
+        return rule(self, eqn, values)
+
+    def unknown(self, eqn: JaxprEqn, values: list[Value]) -> tuple[list[Value], Run | None]:
+        """A primitive without a rule may only see what never changes."""
+        for v in values:
+            moving = [x for x in v.labels if isinstance(x, np.ndarray)]
+            if v.const:
+                for d in range(len(v.labels)):
+                    settle(self.elements, v.labels, d)
+            elif moving:
+                # library code traced once keeps no line of the user's: the call it came from does
+                lines = (source_info_util.summarize(e.source_info) for e in reversed(self.path))
+                where = next(filter(None, lines), "an unknown line")
+                raise UnknownPrimitiveError(
+                    f"no rule for primitive {eqn.primitive.name!r} at {where}; "
+                    f"it is reached by {self.parameter_of(moving[0])}. Pin that parameter (pin=...) or add a rule."
+                )
+        return [Value(o.aval, [None] * len(getattr(o.aval, "shape", ()))) for o in eqn.outvars], None
+
+    def settled(self, value: Value) -> Value:
+        """The value with every broadcast axis that has met another replaced by that other."""
+        labels = [resolve(self.elements, x, d, value.shape) for d, x in enumerate(value.labels)]
+        return dataclasses.replace(value, labels=labels)
+
+    def consumed(self, value: Value) -> Value:
+        """A constant about to meet something else gets labels of its own here; other values are settled."""
+        if value.const is None:
+            return self.settled(value)
+        rank, labels = len(value.shape), list[Label]()
+        for d, n in enumerate(value.shape):
+            if not static(n):
+                labels.append(None)
+            elif value.const.uniform:
+                labels.append(Free())
+            else:
+                labels.append(place(self.elements.fresh((n,)), d, rank))
+        return dataclasses.replace(value, labels=labels)
+
+
+def shape_of(var: Any) -> tuple:
+    """The shape of a jaxpr's variable."""
+    return var.aval.shape
+
+
+def _has_jaxpr(eqn: JaxprEqn) -> bool:
+    return any(True for _ in subjaxprs(eqn))
+
+
+def subjaxprs(eqn: JaxprEqn) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
+    for p in eqn.params.values():
+        for q in p if isinstance(p, tuple | list) else (p,):
+            if hasattr(q, "eqns") or hasattr(q, "jaxpr"):
+                yield q
+
+
+def _concrete(eqn: JaxprEqn) -> bool:
+    # a random draw is a constant too, but redrawing it at the cut size is as good and cheaper
+    return eqn.primitive.name != "random_bits"

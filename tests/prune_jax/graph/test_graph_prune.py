@@ -1,0 +1,147 @@
+"""How many and which units go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from graph_architectures import ARCHITECTURES, data, weights
+from graph_zeroing import check, size
+
+from prune_jax.graph import dependency_groups, prune, unit_scores
+
+
+def two_layers(scale=1.0):
+    def net(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    params = weights(a=(3, 10), b=(10, 20), c=(20, 2))
+    return net, {**params, "c": scale * params["c"]}, (data(4, 3),)
+
+
+def test_unit_scores_by_hand():
+    fn, params, args = two_layers()
+    groups = dependency_groups(fn, params, *args)
+    a, b, c = (np.asarray(params[n], np.float64) for n in "abc")
+    scores = {n: np.abs(p) for n, p in params.items()}
+    into, out = np.abs(a).sum(0), np.abs(b).sum(1)
+    np.testing.assert_allclose(unit_scores(groups, scores, normalise="none")[0], into + out, rtol=1e-6)
+    np.testing.assert_allclose(
+        unit_scores(groups, scores, aggregate="mean", normalise="none")[0], (into + out) / 2, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        unit_scores(groups, scores, aggregate="max", normalise="none")[0], np.maximum(into, out), rtol=1e-6
+    )
+    np.testing.assert_allclose(unit_scores(groups, scores)[0], (into + out) / (into + out).mean(), rtol=1e-6)
+    raw = np.abs(b).sum(0) + np.abs(c).sum(1)
+    top = np.sort(raw)[-4:]
+    np.testing.assert_allclose(unit_scores(groups, scores, normalise="top", top=0.2)[1], 4 * raw / top.sum(), rtol=1e-6)
+    partial = unit_scores(groups, {**scores, "b": None}, normalise="none")
+    np.testing.assert_allclose(partial[0], into, rtol=1e-6)
+
+
+def test_the_lowest_units_go():
+    fn, params, args = two_layers()
+    pruned = prune(fn, params, *args, ratio=0.3, scope="local")
+    importance = (np.asarray(params["a"]) ** 2).sum(0) + (np.asarray(params["b"]) ** 2).sum(1)
+    kept = np.sort(np.argsort(importance)[3:])
+    assert pruned.plan["leaves"][0]["keep"][0]["positions"] == kept.tolist()
+
+
+def test_local_cuts_every_tie_alike_and_global_the_weakest():
+    fn, params, args = two_layers(scale=1e-3)
+    local = prune(fn, params, *args, ratio=0.5, scope="local").params
+    assert (local["a"].shape[1], local["c"].shape[0]) == (5, 10)
+    raw = prune(fn, params, *args, ratio=0.5, normalise="none", importance=lambda p: {**p, "b": None, "a": p["a"] ** 2})
+    assert raw.params["a"].shape[1] > 8  # c is tiny, so almost all 15 go from its layer
+    assert raw.params["a"].shape[1] + raw.params["c"].shape[0] == 15
+    by_name = prune(fn, params, *args, ratio=0.5, scope=lambda group: group.members[0].path).params
+    assert jax.tree.map(jnp.shape, by_name) == jax.tree.map(jnp.shape, local)
+
+
+def test_kind_scope_shares_a_budget_among_like_layers_only():
+    fn, params, args = ARCHITECTURES["vit_fused"]()
+    pruned = prune(fn, params, *args, ratio=0.5, scope="kind").params
+    # every tie of this network has a form of its own, so this is local
+    assert jax.tree.map(jnp.shape, pruned) == jax.tree.map(
+        jnp.shape, prune(fn, params, *args, ratio=0.5, scope="local").params
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9])
+def test_ratio_counts_units(ratio):
+    fn, params, args = two_layers()
+    pruned = prune(fn, params, *args, ratio=ratio).params
+    assert 30 - pruned["a"].shape[1] - pruned["c"].shape[0] == round(30 * ratio)
+
+
+def test_ratio_by_tie_round_to_and_minimum():
+    fn, params, args = two_layers()
+    pruned = prune(fn, params, *args, ratio={1: 0.5}).params
+    assert (pruned["a"].shape[1], pruned["c"].shape[0]) == (10, 10)
+    pruned = prune(fn, params, *args, ratio=0.4, round_to=4, scope="local").params
+    assert (pruned["a"].shape[1], pruned["c"].shape[0]) == (8, 12)
+    pruned = prune(fn, params, *args, ratio=0.95, minimum=3).params
+    assert (pruned["a"].shape[1], pruned["c"].shape[0]) == (3, 3)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_a_ratio_of_parameters_is_met(ratio):
+    fn, _, args = two_layers()
+    params = weights(a=(3, 100), b=(100, 200), c=(200, 2))
+    pruned = check(fn, params, *args, ratio=ratio, of="parameters", tolerance=1e-4)
+    assert 1 - size(pruned.params) / size(params) == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["resnet", "scan_over_layers"])
+def test_a_ratio_of_flops_is_met(name):
+    fn, params, args = ARCHITECTURES[name]()
+    dense = prune(fn, params, *args, ratio=0.0)
+    pruned = prune(fn, params, *args, ratio=0.5, of="flops")
+
+    def flops(fn, params):  # by XLA, from the compiled program without its loop
+        with jax.disable_jit(False):
+            return jax.jit(fn).lower(params, *args).cost_analysis()["flops"]
+
+    if name == "resnet":
+        assert flops(pruned.fn, pruned.params) / flops(dense.fn, dense.params) == pytest.approx(0.5, abs=0.08)
+    width = {n: p.shape for n, p in pruned.params.items()} if name == "scan_over_layers" else None
+    if width:
+        d, h = width["embed"][1], width["w1"][2]
+        assert (3 * d + 4 * 2 * d * h + 2 * d) / (3 * 6 + 4 * 2 * 6 * 8 + 2 * 6) == pytest.approx(0.5, abs=0.12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
+        ({"ratio": -0.1, "of": "flops"}, r"ratio must be in \[0, 1\), got -0.1"),
+        ({"ratio": {7: 0.5}}, "ratio names tie 7, which cannot be cut"),
+        ({"ratio": {0: 0.5}, "of": "flops"}, "with of='flops' give one number"),
+        ({"ratio": 0.5, "of": "latency"}, "of must be 'units', 'parameters' or 'flops'"),
+        ({"ratio": 0.5, "scope": "layer"}, "scope must be 'global'"),
+        ({"ratio": 0.5, "kinds": ("heads",)}, "kinds must be among"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to must be at least 1"),
+        ({"ratio": 0.5, "minimum": 0}, "minimum must be at least 1"),
+        ({"ratio": 0.5, "aggregate": "median"}, "aggregate must be"),
+        ({"ratio": 0.5, "normalise": "max"}, "normalise must be"),
+        ({"ratio": 0.5, "importance": {"a": None}}, "scores must have 3 leaves"),
+        ({"ratio": 0.5, "importance": {"a": jnp.ones(3), "b": None, "c": None}}, r"'a' must have shape \(3, 10\)"),
+        ({"ratio": 0.5, "importance": {"a": jnp.full((3, 10), jnp.nan), "b": None, "c": None}}, "hold NaN"),
+    ],
+)
+def test_bad_input_is_named(options, message):
+    fn, params, args = two_layers()
+    with pytest.raises(ValueError, match=message):
+        prune(fn, params, *args, **options)
+
+
+def test_a_pinned_axis_cannot_be_asked_for():
+    fn, params, args = two_layers()
+    with pytest.raises(ValueError, match="ratio names tie 1, which cannot be cut"):
+        prune(fn, params, *args, ratio={1: 0.5}, pin=lambda path: path == "c")
+
+
+def test_arguments_of_the_wrong_shape():
+    fn, params, _ = two_layers()
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
+        prune(fn, params, data(4, 5), ratio=0.5)
