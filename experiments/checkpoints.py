@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class Checkpoints:
             self.directory, preservation_policy=_NewestAndBest(keep, self._ratings), cleanup_tmp_directories=True
         )
         for step in self.steps():
-            with contextlib.suppress(Exception), _quiet():  # damaged; found again, and said, when it is loaded
+            with contextlib.suppress(Exception):  # damaged; found again, and said, when it is loaded
                 self._rate(step, self._record(step)["metrics"])
 
     def save(
@@ -107,8 +106,7 @@ class Checkpoints:
         for step in reversed(found):
             problem = ""
             try:
-                with _quiet():
-                    state, extra = self._load(step, like)
+                state, extra = self._load(step, like)
             except _OtherArrays as error:  # the program has changed; the checkpoint is good
                 raise CheckpointError(f"checkpoint {step} in {self.directory} does not fit: {error}") from None
             except Exception as error:  # Orbax raises whatever its storage layer does
@@ -180,17 +178,6 @@ class Checkpoints:
                 f"could not write a checkpoint to {self.directory} ({free / 1e6:.1f} MB free): {_first_line(error)}. "
                 f"Earlier checkpoints are unharmed (steps {self.steps()}); make room and run the same command again."
             ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the pages that Orbax and asyncio log about a damaged file: it is said once, by `warn`."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 class _OtherArrays(Exception):

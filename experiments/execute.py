@@ -1,5 +1,6 @@
 """From a parsed command to a finished run, and from finished runs to the report."""
 
+import logging
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,8 @@ def execute(study_name: str, preset_name: str, asked: Any, options: Options, arg
     """
     started = datetime.now(UTC)
     jax.config.update("jax_traceback_filtering", "off")  # an error shows where it really comes from
+    for library in ("absl", "asyncio"):  # Orbax's pages about a damaged file or a full disk, which is said in a line
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     use_compilation_cache()
     join_processes(options)
     study = config.study(study_name)
@@ -122,6 +125,7 @@ def use_compilation_cache() -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         cache = (Path(base).expanduser() if base else home / "compact-jax") / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # small programs are many
 
 
 def join_processes(options: Options) -> None:

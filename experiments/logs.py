@@ -49,7 +49,7 @@ class Log:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers that belong to the state after `step` steps."""
         if "metrics" in self._files:
-            self._append("metrics", {"step": step, **{name: float(value) for name, value in values.items()}})
+            self._append("metrics", {"step": int(step), **{name: float(value) for name, value in values.items()}})
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, float(value), step)
@@ -57,7 +57,7 @@ class Log:
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes images, uint8 (N, H, W, C) with C of 1 or 3, as lossless PNG inside a JSON line."""
         if "images" in self._files:
-            self._append("images", {"step": step, "name": name, "png": [encode_png(image) for image in images]})
+            self._append("images", {"step": int(step), "name": name, "png": [encode_png(image) for image in images]})
         if self._events is not None:
             self._events.add_images(name, images, step, dataformats="NHWC")
 
@@ -135,7 +135,7 @@ class Progress:
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=24),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[text]}"),
+            rich.progress.TextColumn("{task.fields[text]}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=False,
@@ -163,7 +163,8 @@ class Progress:
         self._bar.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and now - self._said > self._SECONDS_BETWEEN_LINES:
             self._said = now
-            self._console.print(f"{self._description} {step}/{self._total}  {text}", highlight=False, soft_wrap=True)
+            line = f"{self._description} {step}/{self._total}  {text}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

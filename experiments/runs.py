@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
+from jax.experimental import multihost_utils
 
 from experiments.config import Options, differences
 from experiments.files import naming, write_atomically
@@ -76,14 +78,27 @@ def directory_of(study: str, preset: str, seed: int, options: Options) -> Path:
 
 @contextlib.contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """Holds the run folder; the hold ends with the process, however it ends.
+    """Holds the run folder, the first process of a job for all; the hold ends with the process, however it ends.
 
     Raises:
-      RunError: another process holds it.
+      RunError: another process, or job, holds it.
     """
-    if jax.process_index() != 0:  # the first process of a job holds it for all
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_locked(directory))
+            except RunError as error:
+                refusal = str(error)
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(bool(refusal))):
+            refusal = refusal or f"the first process was refused {directory}"
+        if refusal:
+            raise RunError(refusal)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("a+", encoding="utf-8") as file:
         try:
@@ -110,11 +125,10 @@ def check_config(directory: Path, config: Any) -> None:
     Raises:
       RunError: the folder belongs to a run with another config; shows the differing fields. Or its file is damaged.
     """
-    if jax.process_index() != 0:  # the first process of a job checks for all
-        return
     asked = as_json(config)
     path = directory / "config.json"
-    begun = (directory / "result.json").exists() or any(directory.glob("**/checkpoints/[0-9]*"))
+    saved = any(path.name.isdigit() for path in directory.glob("**/checkpoints/*"))
+    begun = saved or (directory / "result.json").exists()
     if begun and path.exists():
         lines = differences(asked, _read_json(path, hint="delete it to write it anew"))
         if lines:
@@ -122,7 +136,7 @@ def check_config(directory: Path, config: Any) -> None:
                 f"{directory} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
                 "give this run another folder with --run-name, or delete that one"
             )
-    else:
+    elif jax.process_index() == 0:
         write_atomically(path, json.dumps(asked, indent=2) + "\n")
 
 

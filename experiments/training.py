@@ -180,9 +180,8 @@ def fit(
             fetch()
             late = (step, metrics)
             step += count
-            asked_to_stop = _anywhere(bool(stop), after=state)
             evaluating = step % plan.evaluate_every == 0 or step == plan.steps
-            saving = evaluating or asked_to_stop or step % plan.checkpoint_every == 0
+            saving = evaluating or step % plan.checkpoint_every == 0 or _anywhere(bool(stop), after=state)
             if saving:
                 fetch()
                 jax.block_until_ready(state)
@@ -197,10 +196,10 @@ def fit(
                     shown.update(measured)
                     progress.update(step, shown)
                 checkpoints.save(step, state, metrics=measured, extra={"train_seconds": seconds})
-            if asked_to_stop:
-                checkpoints.wait()
-                say(f"stopped at step {step} of {plan.steps}, all saved. To go on: {run.command}")
-                raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
+                if _anywhere(bool(stop), after=state):
+                    checkpoints.wait()
+                    say(f"stopped at step {step} of {plan.steps}, all saved. To go on: {run.command}")
+                    raise Stopped(128 + (stop[0] if stop else signal.SIGTERM))
         checkpoints.wait()
     return state, {"train_seconds": seconds, "compile_seconds": compile_seconds}
 

@@ -30,4 +30,5 @@ def render(apply_fn: Apply, params: Any, latents: Any, shape: Sequence[int], *, 
       (3, 4, 4, 1)
     """
     coords = coordinate_grid(shape, limit=limit)
-    return jax.vmap(lambda latent: apply_fn(params, coords, latent))(latents)
+    # One program, however large the network: called operation by operation it would compile each of them.
+    return jax.jit(jax.vmap(apply_fn, in_axes=(None, None, 0)))(params, coords, latents)

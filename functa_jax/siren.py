@@ -4,7 +4,7 @@ Reference: Sitzmann et al., "Implicit Neural Representations with Periodic Activ
 arXiv:2006.09661.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -62,7 +62,6 @@ def _select_word(index: Array, offset: int) -> Array:
 
 def _reduce(x: Array) -> tuple[Array, Array]:
     """Half-turn remainder r in [-pi/2, pi/2] and the sign bit of (-1)^n, with x = n pi + r."""
-    x = jnp.where(jnp.abs(x) <= _EXACT_LIMIT, x, _reduce_far(x))
     n = jnp.round(x * np.float32(1 / np.pi))
     r = ((x - n * _PI[0]) - n * _PI[1]) - n * _PI[2]
     return r, n.astype(jnp.int32).astype(jnp.uint32) << 31
@@ -79,16 +78,30 @@ def _polynomial(coefficients: Sequence[np.float32], u: Array) -> Array:
     return value
 
 
-def _polynomial_sin(x: Array) -> Array:
+def _near_sin(x: Array) -> Array:
     r, sign = _reduce(x)
     u = r * r
     return _with_sign(r + r * (u * _polynomial(_SIN, u)), sign)
 
 
-def _polynomial_cos(x: Array) -> Array:
+def _near_cos(x: Array) -> Array:
     r, sign = _reduce(x)
     u = r * r
     return _with_sign(1 + u * _polynomial(_COS, u), sign)
+
+
+def _anywhere(near: Callable[[Array], Array], x: Array) -> Array:
+    """`near`, with the costly reduction only for arrays that have an element which needs it."""
+    within = jnp.abs(x) <= _EXACT_LIMIT
+    return lax.cond(jnp.all(within), near, lambda x: near(jnp.where(jnp.abs(x) <= _EXACT_LIMIT, x, _reduce_far(x))), x)
+
+
+def _polynomial_sin(x: Array) -> Array:
+    return _anywhere(_near_sin, x)
+
+
+def _polynomial_cos(x: Array) -> Array:
+    return _anywhere(_near_cos, x)
 
 
 @jax.custom_jvp

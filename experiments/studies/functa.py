@@ -105,7 +105,7 @@ _SMALL = Config(
     points=392,
     batch_size=4,
     microbatch=4,
-    steps=2_600,
+    steps=3_000,
     steps_per_call=50,
     evaluate_every=200,
     checkpoint_every=200,
@@ -147,18 +147,9 @@ PRESETS = {
         "SMALL_EXPECT",
     ),
     "mnist-medium": Preset(
-        replace(
-            _SMALL,
-            width=96,
-            depth=5,
-            batch_size=8,
-            microbatch=8,
-            steps=8_000,
-            evaluate_every=1_000,
-            checkpoint_every=500,
-        ),
-        "MNIST with a net of width 96, ten minutes of training",
-        "12 min on two CPU cores",
+        replace(_SMALL, width=96, steps=20_000, evaluate_every=1_000, checkpoint_every=500),
+        "MNIST with a net of width 96",
+        "10 min on two CPU cores",
         "MEDIUM_EXPECT",
     ),
     "mnist-c1": Preset(
@@ -230,7 +221,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
     def rate_limit(variables: Any, points: Array) -> Array:
         key = jax.random.key(config.seed)  # where the power iteration starts does not matter, as long as it is fixed
-        return limit / fj.curvature(functa.model.apply, variables, points, functa.latent_init, key, iterations=3)
+        some = points[:: max(1, len(points) // 64)]  # enough to see a curvature that runs away, at little cost
+        return limit / fj.curvature(functa.model.apply, variables, some, functa.latent_init, key, iterations=3)
 
     outer_step = fj.meta_step(
         loss,
