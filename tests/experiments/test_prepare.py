@@ -238,6 +238,7 @@ MNIST, CIFAR = "train-images-idx3-ubyte.gz", "cifar-10-binary.tar.gz"
         ),
         ("cifar10", CIFAR, gzipped(gzip.decompress(originals("cifar10")[CIFAR])[:2000]), f"{CIFAR} cannot be unpacked"),
     ],
+    ids=lambda value: "content" if isinstance(value, bytes) else value,  # archives hold the time they were made at
 )
 def test_archive_that_cannot_be_used_is_named_and_leaves_nothing(name, file, content, message, tmp_path, monkeypatch):
     files = originals(name) | {file: content}

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import optax
 import pytest
+from contract import CHECKS, Case
 
-pytest.register_assert_rewrite("contract")
-
-from contract import CHECKS, Case  # noqa: E402
-
-from optim_jax import L1, GroupLasso, SparseGroup, dessilbi  # noqa: E402
+from optim_jax import L1, GroupLasso, SparseGroup, dessilbi
 
 # Groups come alive within a few steps at these settings, so that the checks see a path in motion.
 QUICK = {"learning_rate": 0.05, "kappa": 1.2, "mu": 0.2}
