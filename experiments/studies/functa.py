@@ -138,19 +138,19 @@ PRESETS = {
         replace(_SMALL, dataset="digits", width=48, depth=3, latent=16, points=None, batch_size=16, microbatch=16),
         "scikit-learn's handwritten digits, 8x8; needs no download",
         "1 min on two CPU cores",
-        "DIGITS_EXPECT",
+        "24 dB with a latent a quarter of the image",
     ),
     "mnist-small": Preset(
         _SMALL,
         "MNIST with a net of width 64",
-        "2 min on two CPU cores, 1 of them training",
-        "SMALL_EXPECT",
+        "2 min on two CPU cores, one of them training",
+        "25.4 dB on the test images (report A: 21.37)",
     ),
     "mnist-medium": Preset(
         replace(_SMALL, width=96, steps=20_000, evaluate_every=1_000, checkpoint_every=500),
         "MNIST with a net of width 96",
         "10 min on two CPU cores",
-        "MEDIUM_EXPECT",
+        "29.6 dB on the test images (report A: 21.37)",
     ),
     "mnist-c1": Preset(
         _A1,

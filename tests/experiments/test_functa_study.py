@@ -23,7 +23,7 @@ def test_preset_fits_together(name: str) -> None:
     preset = functa.PRESETS[name].config
     fields = {field.name for field in dataclasses.fields(Plan)} & vars(preset).keys()
     Plan(**{field: getattr(preset, field) for field in fields}).check(
-        preset.train_images or TRAIN_IMAGES[preset.dataset], devices=1, processes=1
+        preset.train_images or TRAIN_IMAGES[preset.dataset], devices=1
     )
     assert preset.batch_size % min(preset.batch_size, preset.microbatch) == 0
 
