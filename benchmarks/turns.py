@@ -32,7 +32,7 @@ class Setting:
     latent: int = 256
     inner_steps: int = 3
     w0: float = 30.0
-    microbatch: int = 4  # images of the batch whose gradient our step computes at once
+    microbatch: int = 2  # images of the batch whose gradient our step computes at once
 
     @property
     def points(self) -> int:

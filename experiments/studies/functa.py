@@ -135,7 +135,17 @@ _A2 = replace(_A1, width=512, depth=16, latent=512, meta_sgd=True, learning_rate
 
 PRESETS = {
     "digits": Preset(
-        replace(_SMALL, dataset="digits", width=48, depth=3, latent=16, points=None, batch_size=16, microbatch=16),
+        replace(
+            _SMALL,
+            dataset="digits",
+            width=48,
+            depth=3,
+            latent=16,
+            points=None,
+            batch_size=16,
+            microbatch=16,
+            steps=8_000,
+        ),
         "scikit-learn's handwritten digits, 8x8; needs no download",
         "1 min on two CPU cores",
         "24 dB with a latent a quarter of the image",
