@@ -59,6 +59,7 @@ class Config:
       evaluate_every: steps between evaluations on held-out images of the train split.
       checkpoint_every: steps between checkpoints.
       validation_images: images of each evaluation.
+      host_data: feed batches from the host, for a set that does not fit on the device.
     """
 
     dataset: str = "mnist"
@@ -91,6 +92,7 @@ class Config:
     evaluate_every: int = 200
     checkpoint_every: int = 200
     validation_images: int = 512
+    host_data: bool = False
 
 
 # Stable on every network size tried; see `functa_jax.relative_adam` and `rate_limit` for why.
@@ -259,6 +261,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         steps_per_call=config.steps_per_call,
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
+        host_data=config.host_data,
     )
     state, times = training.fit(
         run,
