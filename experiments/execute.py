@@ -1,7 +1,6 @@
 """From a parsed command to a finished run, and from finished runs to the report."""
 
 import logging
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import rich.console
 
 from experiments import config, runs, tables
 from experiments.config import Options
-from experiments.files import write_atomically
+from experiments.files import cache_folder, write_atomically
 
 
 def execute(study_name: str, preset_name: str, asked: Any, options: Options, arguments: list[str]) -> dict[str, Any]:
@@ -121,10 +120,7 @@ def _started(result: dict[str, Any]) -> datetime:
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR says where."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        base = os.environ.get("COMPACT_JAX_CACHE")
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        cache = (Path(base).expanduser() if base else home / "compact-jax") / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # small programs are many
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a crash never leaves half a file, and a failure says which one."""
+"""Writing files so that a crash never leaves half a file, and a failure says which one; where caches are."""
 
 import contextlib
 import os
@@ -34,3 +34,10 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` of this project's caches: in COMPACT_JAX_CACHE, else in the user's cache directory."""
+    asked = os.environ.get("COMPACT_JAX_CACHE")
+    root = Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "compact-jax"
+    return root.expanduser() / name

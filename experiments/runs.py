@@ -222,7 +222,7 @@ def describe_devices() -> str:
     devices = jax.devices()
     text = f"{devices[0].device_kind} x{len(devices)}"
     if devices[0].platform == "cpu":
-        text += f" ({os.cpu_count()} cores, {_processor()})"
+        text += f" ({_cores()}, {_processor()})"
     if jax.process_count() > 1:
         text += f", {jax.process_count()} processes"
     return text
@@ -237,6 +237,12 @@ def portable_command(arguments: Sequence[str]) -> str:
             kept.append(argument)
         skip = not skip and name in _OF_THIS_MACHINE and "=" not in argument
     return shlex.join([*_PROGRAM, *kept])
+
+
+def _cores() -> str:
+    """Number of cores this process may run on, which a batch system, or taskset, makes fewer than there are."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{count} core{'s' if count > 1 else ''}"
 
 
 def _processor() -> str:

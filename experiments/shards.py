@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
+
+from experiments.files import cache_folder
 
 Arrays = tuple[np.ndarray, np.ndarray]
 _ARRAYS = ("images.npy", "labels.npy")
@@ -45,7 +46,7 @@ def read_split(directory: Path, name: str, split: str) -> Arrays:
     Raises:
       DamagedDataError: a file is corrupt, truncated or missing.
     """
-    entry = _cache_root() / f"{name}-{directory.name}-{split}-{_fingerprint(directory, name, split)[:16]}"
+    entry = cache_folder("decoded") / f"{name}-{directory.name}-{split}-{_fingerprint(directory, name, split)[:16]}"
     arrays = _read_cache(entry)
     if arrays is None:
         arrays = _decode(directory, name, split)
@@ -115,12 +116,6 @@ def _decode_example(example: dict[str, Any], shape: tuple[int, ...], classes: in
     if not 0 <= example["label"] < classes:
         raise ValueError(f"label {example['label']} is not in 0..{classes - 1}")
     return image.reshape(shape), example["label"]
-
-
-def _cache_root() -> Path:
-    if root := os.environ.get("COMPACT_JAX_CACHE"):
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compact-jax" / "decoded"
 
 
 def _read_cache(entry: Path) -> Arrays | None:

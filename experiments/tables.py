@@ -103,23 +103,6 @@ def check_result(result: dict, where: str) -> None:
             raise ValueError(f"{where}: figure {figure} must be a path relative to the report, without '..'")
 
 
-def load_results(runs_dir: Path) -> list[dict]:
-    """Every `STUDY/PRESET-SEED/result.json` below `runs_dir`, checked, in a fixed order.
-
-    Raises:
-      ValueError: a file is not JSON or does not follow the schema; names the file.
-    """
-    results = []
-    for path in sorted(Path(runs_dir).glob("*/*/result.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        check_result(result, str(path))
-        results.append(result)
-    return results
-
-
 def write_report(results: Sequence[dict], path: Path) -> None:
     """Write one Markdown file with all results beside the published numbers; the same results give the same bytes.
 
@@ -127,7 +110,7 @@ def write_report(results: Sequence[dict], path: Path) -> None:
     or not at all.
 
     Args:
-      results: contents of `result.json` files, as from `load_results`.
+      results: contents of `result.json` files.
       path: file to write; figures are linked relative to its directory.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data, shards
+from experiments import data, files, shards
 
 CLASSES = 10
 
@@ -86,7 +86,7 @@ def root(pristine, tmp_path):
 def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("COMPACT_JAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "decoded"
 
 
 def shard(root, split="train", index=0):
@@ -367,6 +367,7 @@ def test_shard_damaged_after_it_was_cached_is_noticed(root):
 
 
 def test_cache_that_cannot_be_written_is_only_a_warning(root, cache):
+    cache.parent.mkdir()
     cache.write_text("a file where the directory should be")
     with pytest.warns(UserWarning, match="cannot be cached"):
         assert len(data.load("mnist", "test", data_dir=root).labels) == 7
@@ -375,9 +376,9 @@ def test_cache_that_cannot_be_written_is_only_a_warning(root, cache):
 def test_default_cache_is_in_the_users_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("COMPACT_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert shards._cache_root() == tmp_path / "compact-jax" / "decoded"
+    assert files.cache_folder("decoded") == tmp_path / "compact-jax" / "decoded"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert shards._cache_root() == Path.home() / ".cache" / "compact-jax" / "decoded"
+    assert files.cache_folder("decoded") == Path.home() / ".cache" / "compact-jax" / "decoded"
 
 
 # --- The real sets, where they are at hand -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def test_result_has_provenance_and_a_portable_command(tmp_path):
     assert "x4" in origin["device"]  # the four virtual ones
     assert datetime.fromisoformat(origin["started"]).tzinfo is not None
     assert str(tmp_path) not in (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_the_cores_named_are_those_the_process_may_use():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert "(1 core, " in runs.describe_devices()
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_result_refuses_what_the_report_could_not_use(tmp_path):

@@ -1,7 +1,6 @@
 """Tables as text, and the report: rendering, several seeds, shortfalls, validation, atomic writing."""
 
 import copy
-import json
 import os
 import random
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from experiments.tables import check_result, console_table, load_results, markdown_table, write_report
+from experiments.tables import check_result, console_table, markdown_table, write_report
 
 RESULT = {
     "schema": 1,
@@ -204,20 +203,6 @@ def without(made: dict, *keys: str) -> dict:
 def test_a_malformed_result_is_named(made, message):
     with pytest.raises(ValueError, match=message):
         check_result(made, "here")
-
-
-def test_load_results_reads_all_runs_and_names_the_bad_file(tmp_path):
-    for seed in (1, 0):
-        path = tmp_path / f"functa/mnist-small-{seed}/result.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(result(seed)))
-    assert [loaded["seed"] for loaded in load_results(tmp_path)] == [0, 1]
-    path.write_text('{"schema": 1,')
-    with pytest.raises(ValueError, match=r"mnist-small-0/result.json: not valid JSON"):
-        load_results(tmp_path)
-    path.write_text('{"schema": 7}')
-    with pytest.raises(ValueError, match=r"mnist-small-0/result.json: schema is 7"):
-        load_results(tmp_path)
 
 
 def test_no_results():
