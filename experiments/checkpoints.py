@@ -130,10 +130,22 @@ class Checkpoints:
         step = _best(self._ratings, self.steps())
         if step is None:
             raise CheckpointError(f"no checkpoint in {self.directory} has the metric {self._best_metric!r}")
+        return step, self.load(step, like)
+
+    def load(self, step: int, like: PyTree) -> PyTree:
+        """Returns the state of the checkpoint at `step`, and never another one.
+
+        Raises:
+          CheckpointError: it is not there, is damaged, or is of other arrays than `like`.
+        """
+        if step not in self.steps():
+            raise CheckpointError(f"there is no checkpoint {step} in {self.directory}, only {self.steps()}")
         try:
-            return step, self._load(step, like)[0]
-        except Exception as error:
-            raise CheckpointError(f"the best checkpoint, {step} in {self.directory}, is damaged: {error}") from error
+            return self._load(step, like)[0]
+        except _OtherArrays as error:
+            raise CheckpointError(f"checkpoint {step} in {self.directory} does not fit: {error}") from None
+        except Exception as error:  # Orbax raises whatever its storage layer does
+            raise CheckpointError(f"checkpoint {step} in {self.directory} is damaged: {_first_line(error)}") from error
 
     def _rate(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._best_metric is not None and self._best_metric in metrics:

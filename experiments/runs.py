@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import json
 import os
@@ -20,10 +21,12 @@ import numpy as np
 import rich.console
 from jax.experimental import multihost_utils
 
-from experiments.config import Options, differences
+from experiments.config import ConfigT, Options, differences
+from experiments.config import study as study_module
 from experiments.files import naming, write_atomically
 from experiments.tables import SCHEMA, check_result
 
+_FOLDER_NAME = r"[\w+-][\w.+-]*"
 _PROGRAM = ("python", "-m", "experiments")
 _OF_THIS_MACHINE = ("--runs-dir", "--data-dir", "--coordinator-address", "--num-processes", "--process-id")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -71,7 +74,7 @@ def directory_of(study: str, preset: str, seed: int, options: Options) -> Path:
       RunError: a run name that is not a plain folder name.
     """
     name = options.run_name or f"{preset}-{seed}"
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+    if not re.fullmatch(_FOLDER_NAME, name):
         raise RunError(f"run name {name!r} must be a plain folder name: letters, digits, '.', '_', '+', '-'")
     return options.runs_dir / study / name
 
@@ -144,6 +147,59 @@ def as_json(config: Any) -> dict[str, Any]:
     """A config dataclass as what JSON makes of it (tuples become lists, paths text)."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return plain
+
+
+def from_json(kind: type[ConfigT], plain: dict[str, Any], where: Path) -> ConfigT:
+    """A config dataclass from what `as_json` made of it; fields that are missing take their defaults.
+
+    Raises:
+      RunError: a field that the dataclass does not have.
+    """
+    unknown = sorted(plain.keys() - {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    if unknown:
+        raise RunError(f"{where} was made by another version of this program: unknown {', '.join(unknown)}")
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return kind(**{name: frozen(value) for name, value in plain.items()})
+
+
+def finished_run(options: Options, study: str, name: str) -> tuple[Path, dict[str, Any]]:
+    """Folder and result of a run that another run builds on.
+
+    Args:
+      options: whose `runs_dir` is searched.
+      study: name of the study.
+      name: of the run's folder, PRESET-SEED or the one given by --run-name.
+
+    Raises:
+      RunError: it is not there or not finished; says the command to run first, and names like it that are there.
+    """
+    directory = options.runs_dir / study / name
+    result = read_result(directory) if re.fullmatch(_FOLDER_NAME, name) else None
+    if result is not None:
+        return directory, result
+    finished = sorted(path.parent.name for path in (options.runs_dir / study).glob("*/result.json"))
+    nearest = difflib.get_close_matches(name, finished, n=3, cutoff=0.5) or finished[:3]
+    there = f"finished there: {', '.join(nearest)}" if nearest else f"no run of {study} is finished there"
+    raise RunError(
+        f"this needs the run {study}/{name}, which is not finished in {options.runs_dir} ({there}). "
+        f"First run: {_command_of(study, name, options)}"
+    )
+
+
+def _command_of(study: str, name: str, options: Options) -> str:
+    """The command that makes a run, as far as its folder's name tells."""
+    presets = set(study_module(study).PRESETS)
+    preset, _, seed = name.rpartition("-")
+    if preset in presets and seed.isdigit():
+        arguments = [preset, *(() if seed == "0" else ("--seed", seed))]
+    else:
+        arguments = ["PRESET", "--run-name", name]
+    if options.runs_dir != Options.runs_dir:
+        arguments += ["--runs-dir", str(options.runs_dir)]
+    return shlex.join([*_PROGRAM, "run", study, *arguments])
 
 
 def write_result(run: Run, config: Any, started: datetime, content: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Functa:
         padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
         blocks = replicate(padded.reshape(-1, block, *images.shape[1:]), self.mesh)
         latents, errors = jax.device_get(self._fit_blocks(params, blocks))
-        return latents.reshape(len(padded), -1)[: len(images)], errors.reshape(-1)[: len(images)]
+        return latents.reshape(len(padded), *latents.shape[2:])[: len(images)], errors.reshape(-1)[: len(images)]
 
     def render(self, params: fj.MetaParams, latents: np.ndarray, scale: int = 1) -> np.ndarray:
         """uint8 images (N, scale H, scale W, C)."""

@@ -214,10 +214,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     train = data.load(config.dataset, "train", data_dir=run.options.data_dir).images[: config.train_images]
     held_out = data.load(config.dataset, "validation", data_dir=run.options.data_dir).images[: config.validation_images]
     functa = build(config, train.shape[1:], mesh)
-    variables, rates = jax.jit(partial(functa.initialise, rate=config.inner_rate, rate_scale=config.inner_rate_scale))(
-        jax.random.key(config.seed)
-    )
-    optimizer = _optimizer(config)
 
     def loss(params: fj.MetaParams, points: Array, targets: Array) -> Array:
         rates = params.rates if config.meta_sgd else jax.lax.stop_gradient(params.rates)
@@ -238,7 +234,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
     outer_step = fj.meta_step(
         loss,
-        optimizer,
+        _optimizer(config),
         rate_bounds=(0.0, jnp.inf) if config.meta_sgd else None,
         rate_limit=rate_limit if config.meta_sgd and config.rate_limit is not None else None,
         microbatch=_microbatch(config),
@@ -266,7 +262,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     state, times = training.fit(
         run,
         step,
-        fj.init_meta(variables, rates, optimizer),
+        initial_state(config, functa),
         {"image": train},
         plan,
         seed=config.seed,
@@ -368,6 +364,13 @@ def build(config: Config, image_shape: tuple[int, ...], mesh: jax.sharding.Mesh)
         compute_dtype=jnp.bfloat16 if config.matmul == "bfloat16" else None,
     )
     return Functa(model, (height, width, channels), config.latent, config.inner_steps, config.rates_per_step, mesh)
+
+
+def initial_state(config: Config, functa: Functa) -> fj.MetaState:
+    """Network, inner rates and optimizer state before the first step."""
+    initialise = partial(functa.initialise, rate=config.inner_rate, rate_scale=config.inner_rate_scale)
+    variables, rates = jax.jit(initialise)(jax.random.key(config.seed))
+    return fj.init_meta(variables, rates, _optimizer(config))
 
 
 def _microbatch(config: Config) -> int | None:

@@ -187,3 +187,32 @@ def test_report_of_nothing_or_of_damage_is_an_error(tmp_path):
     with pytest.raises(RunError, match=r"tiny-0/result.json is damaged"):
         execute.report(tmp_path / "runs", tmp_path / "results")
     assert not (tmp_path / "results" / "README.md").exists()
+
+
+def test_a_finished_run_is_found_and_a_missing_one_comes_with_its_command(tmp_path):
+    options = Options(runs_dir=tmp_path)
+    directory = finished(tmp_path, "digits-0")
+    assert runs.finished_run(options, "functa", "digits-0") == (directory, runs.read_result(directory))
+    finished(tmp_path, "mnist-large-0")
+    (tmp_path / "functa" / "mnist-small-3").mkdir()  # begun only
+    for name, command in {
+        "mnist-small-3": "run functa mnist-small --seed 3",
+        "digits-1": "run functa digits --seed 1",
+        "mine": "run functa PRESET --run-name mine",
+        "../functa/digits-0": "run functa PRESET --run-name ../functa/digits-0",
+    }.items():
+        with pytest.raises(RunError) as refused:
+            runs.finished_run(options, "functa", name)
+        assert str(refused.value).endswith(f"First run: python -m experiments {command} --runs-dir {tmp_path}")
+    with pytest.raises(RunError, match=r"finished there: mnist-large-0\)"):
+        runs.finished_run(options, "functa", "mnist-larg-0")
+    with pytest.raises(RunError, match=r"no run of functa is finished there\). First run: .*functa digits --runs"):
+        runs.finished_run(Options(runs_dir=tmp_path / "empty"), "functa", "digits-0")
+
+
+def test_a_config_comes_back_from_json(tmp_path):
+    config = Config(hidden=(5,), folder="b")
+    assert runs.from_json(Config, runs.as_json(config), tmp_path) == config
+    assert runs.from_json(Config, {"seed": 2}, tmp_path) == Config(seed=2)
+    with pytest.raises(RunError, match="another version of this program: unknown depth"):
+        runs.from_json(Config, {"depth": 2}, tmp_path)
