@@ -1,0 +1,190 @@
+"""Training and measuring classifiers: what all classification studies have in common."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.training import Batch, PyTree, StepFunction, replicate
+
+Prepare = Callable[[Array], Array]
+
+
+class State(NamedTuple):
+    """What training changes.
+
+    Attributes:
+      params: parameters of the model.
+      batch_stats: running statistics of its batch normalisations; empty if it has none.
+      opt_state: the optimizer's state.
+      step: steps done, int32.
+    """
+
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: optax.OptState
+    step: Array
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def standardise(inputs: np.ndarray) -> Prepare:
+    """A function that brings each channel to mean 0 and variance 1 over `inputs`, the training split.
+
+    Args:
+      inputs: uint8 images (N, H, W, C), or float arrays (N, ..., C) such as latents.
+
+    Returns:
+      (B, ..., C) of the same kind -> float32 of the same shape. A channel that never changes comes out as zeros.
+    """
+    axes = tuple(range(inputs.ndim - 1))
+    mean = inputs.mean(axes, dtype=np.float64)
+    deviation = np.sqrt(inputs.var(axes, dtype=np.float64))
+    scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
+    shape = (1,) * (inputs.ndim - 1) + mean.shape
+    shift, factor = (array.astype(np.float32).reshape(shape) for array in (mean, scale))
+    return lambda x: (x.astype(jnp.float32) - shift) * factor
+
+
+def initialise(model: nn.Module, optimizer: optax.GradientTransformation, inputs: Array, key: Array) -> State:
+    """The state to start from.
+
+    Args:
+      model: called as `model.apply(variables, x, train=...)`.
+      optimizer: of the parameters.
+      inputs: a prepared batch, of any length.
+      key: of the parameters.
+    """
+
+    def make(key: Array) -> State:
+        variables = model.init(key, inputs, train=False)
+        params = variables["params"]
+        return State(params, variables.get("batch_stats", {}), optimizer.init(params), jnp.zeros([], jnp.int32))
+
+    return jax.jit(make)(key)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    prepare: Prepare,
+    *,
+    label_smoothing: float = 0.0,
+    augment: Callable[[Array, Array], Array] | None = None,
+    watch: Callable[[State], Mapping[str, Array]] | None = None,
+) -> StepFunction:
+    """One step on the cross entropy, for `training.fit`: (state, {"image", "label"}, key) -> (state, metrics).
+
+    Args:
+      model: called as `model.apply(variables, x, train=True)`; it may have batch statistics, and draw dropout masks.
+      optimizer: of the parameters.
+      prepare: inputs to what the model takes, as `standardise` makes it.
+      label_smoothing: share of the target spread evenly over all classes.
+      augment: (key, inputs) -> inputs, before `prepare`; such as `crop_and_flip`.
+      watch: further scalars to record, of the state after the step.
+
+    Returns:
+      The step. Its metrics are `loss` and `accuracy` of the batch as seen in training, and what `watch` gives.
+    """
+
+    def step(state: State, batch: Batch, key: Array) -> tuple[State, dict[str, Array]]:
+        augment_key, dropout_key = jax.random.split(key)
+        inputs, labels = batch["image"], batch["label"]
+        if augment is not None:
+            inputs = augment(augment_key, inputs)
+        inputs = prepare(inputs)
+
+        def loss_of(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updated = model.apply(
+                variables, inputs, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+            )
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            return loss, (logits, updated.get("batch_stats", {}))
+
+        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        state = State(optax.apply_updates(state.params, updates), batch_stats, opt_state, state.step + 1)
+        metrics = {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == labels, dtype=jnp.float32)}
+        return state, {**metrics, **(watch(state) if watch is not None else {})}
+
+    return step
+
+
+def crop_and_flip(key: Array, images: Array, *, pad: int = 4) -> Array:
+    """Shifts each image by up to `pad` pixels, black moving in, and mirrors half of them: (B, H, W, C), any dtype."""
+    batch, height, width, channels = images.shape
+    keys = jax.random.split(key, 3)
+    tops, lefts = (jax.random.randint(k, (batch,), 0, 2 * pad + 1) for k in keys[:2])
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def crop(image: Array, top: Array, left: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (top, left, 0), (height, width, channels))
+
+    cropped = jax.vmap(crop)(padded, tops, lefts)
+    mirrored = jax.random.bernoulli(keys[2], shape=(batch, 1, 1, 1))
+    return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
+
+
+def measure(
+    model: nn.Module,
+    variables: PyTree,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    prepare: Prepare,
+    mesh: Mesh,
+    *,
+    block: int = 250,
+) -> dict[str, float]:
+    """Accuracy, a fraction, and mean cross entropy over a whole split.
+
+    Args:
+      model: called as `model.apply(variables, x, train=False)`.
+      variables: as `State.variables`.
+      inputs: (N, ...), not prepared.
+      labels: int (N,).
+      prepare: as in training.
+      mesh: devices, along one axis `data`.
+      block: examples at once on each device; compiled once for each shape, model and `prepare`.
+    """
+    size = block * mesh.size
+    missing = -len(inputs) % size
+    padded = np.concatenate([inputs, np.repeat(inputs[:1], missing, axis=0)])
+    targets = np.concatenate([labels, np.full(missing, -1, labels.dtype)])  # -1: filled up, does not count
+    arrays = replicate((padded.reshape(-1, size, *inputs.shape[1:]), targets.reshape(-1, size)), mesh)
+    correct, loss = jax.device_get(_sums(model, prepare, mesh, variables, *arrays))
+    return {"accuracy": int(correct) / len(labels), "loss": float(loss.sum(dtype=np.float64)) / len(labels)}
+
+
+def accuracy(*arguments: Any, **options: Any) -> float:
+    """The accuracy of `measure`, a fraction."""
+    return measure(*arguments, **options)["accuracy"]
+
+
+@partial(jax.jit, static_argnames=("model", "prepare", "mesh"))
+def _sums(
+    model: nn.Module, prepare: Prepare, mesh: Mesh, variables: PyTree, inputs: Array, labels: Array
+) -> tuple[Array, Array]:
+    """Correct answers in all, and the summed cross entropy of each block."""
+
+    def one(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, y = block
+        logits: Any = model.apply(variables, prepare(x), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
+        return jnp.sum(logits.argmax(-1) == y), jnp.sum(jnp.where(y >= 0, losses, 0))
+
+    shared = jax.lax.with_sharding_constraint((inputs, labels), NamedSharding(mesh, P(None, "data")))
+    correct, loss = jax.lax.map(one, shared)
+    return jax.lax.with_sharding_constraint((correct.sum(), loss), NamedSharding(mesh, P()))

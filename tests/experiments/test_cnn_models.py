@@ -1,0 +1,103 @@
+"""CNNs: convolutions against XLA's and Flax's, parameter counts against the published ones."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.models.conv import Conv, convolve, max_pool
+from experiments.models.lenet import LeNet
+from experiments.models.resnet import resnet20, resnet50, resnet56
+from experiments.models.vgg import vgg19, vgg_a
+
+SHAPES = [
+    # image, kernel, strides, padding
+    ((5, 6, 1), (5, 5, 1, 3), (1, 1), "SAME"),
+    ((28, 28, 1), (5, 5, 1, 6), (1, 1), "SAME"),
+    ((14, 14, 6), (5, 5, 6, 4), (1, 1), "VALID"),
+    ((5, 5, 16), (5, 5, 16, 7), (1, 1), "VALID"),
+    ((9, 8, 3), (3, 3, 3, 4), (2, 2), "SAME"),
+    ((8, 9, 3), (3, 2, 3, 4), (1, 2), "VALID"),
+    ((8, 7, 20), (3, 3, 20, 4), (1, 1), "SAME"),
+    ((8, 7, 20), (3, 3, 20, 4), (2, 2), "SAME"),
+    ((9, 9, 20), (1, 1, 20, 4), (2, 2), "SAME"),
+    ((4, 4, 20), (1, 1, 20, 4), (1, 1), "SAME"),
+    ((1, 1, 20), (3, 3, 20, 4), (1, 1), "SAME"),
+    ((2, 2, 3), (5, 5, 3, 4), (1, 1), "SAME"),
+]
+
+
+@pytest.mark.parametrize(("image", "kernel", "strides", "padding"), SHAPES)
+def test_im2col_is_the_convolution_and_so_are_its_gradients(image, kernel, strides, padding) -> None:
+    x_key, k_key = jax.random.split(jax.random.key(0))
+    x, k = jax.random.normal(x_key, (2, *image)), jax.random.normal(k_key, kernel)
+
+    @partial(jax.jit, static_argnames="method")
+    def both(method):
+        y, pullback = jax.vjp(lambda x, k: convolve(x, k, strides, padding, method=method), x, k)
+        return y, *pullback(jnp.sin(y))
+
+    for ours, theirs in zip(both("im2col"), both("xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_conv_is_a_drop_in_for_flax() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+    ours = Conv(5, (3, 3), (2, 2), method="im2col")
+    theirs = nn.Conv(5, (3, 3), (2, 2))
+    variables = theirs.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+    np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="method must be 'auto', 'im2col' or 'xla', got 'fft'"):
+        convolve(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), (1, 1), "SAME", method="fft")
+
+
+def test_max_pool_is_that_of_flax() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    np.testing.assert_array_equal(max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "count"),
+    [
+        (LeNet(), (28, 28, 1), 61_706),  # LeNet-5 with full connections
+        (vgg_a(classes=1000, hidden=(4096, 4096), norm=False), (224, 224, 3), 132_863_336),  # torchvision's vgg11
+        (vgg_a(classes=1000, hidden=(4096, 4096)), (224, 224, 3), 132_868_840),  # vgg11_bn
+        (vgg19(classes=1000, hidden=(4096, 4096), norm=False), (224, 224, 3), 143_667_240),  # vgg19
+        (vgg19(classes=1000, hidden=(4096, 4096)), (224, 224, 3), 143_678_248),  # vgg19_bn
+        (vgg_a(norm=False), (32, 32, 3), 9_750_922),
+        (resnet20(), (32, 32, 3), 269_722),  # 0.27 M in the paper's Table 6
+        (resnet56(), (32, 32, 3), 853_018),  # 0.85 M there
+        (resnet50(), (32, 32, 3), 23_520_842),  # torchvision's 25,557,032 with a 3x3 stem and 10 classes
+    ],
+    ids=lambda value: value.__class__.__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_parameter_counts_are_the_published_ones(model, image, count) -> None:
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *image))), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
+
+
+def test_layer_names_are_those_of_the_reports() -> None:
+    shapes = jax.eval_shape(lambda key: LeNet().init(key, jnp.zeros((1, 28, 28, 1))), jax.random.key(0))
+    assert list(shapes["params"]) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
+    assert shapes["params"]["conv3"]["kernel"].shape == (5, 5, 16, 120)
+
+
+@pytest.mark.parametrize("model", [vgg_a(dropout=0.5), resnet20()], ids=["vgg", "resnet"])
+def test_normalised_models_train_and_measure(model) -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+
+    def shapes(key):
+        variables = model.init(key, x)
+        logits, updated = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+        return logits, updated["batch_stats"], variables["batch_stats"], model.apply(variables, x)
+
+    logits, updated, before, measured = jax.eval_shape(shapes, jax.random.key(0))
+    assert logits.shape == measured.shape == (2, 10)
+    assert updated == before
