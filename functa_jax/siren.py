@@ -96,12 +96,26 @@ def _anywhere(near: Callable[[Array], Array], x: Array) -> Array:
     return lax.cond(jnp.all(within), near, lambda x: near(jnp.where(jnp.abs(x) <= _EXACT_LIMIT, x, _reduce_far(x))), x)
 
 
+@jax.custom_batching.custom_vmap
 def _polynomial_sin(x: Array) -> Array:
     return _anywhere(_near_sin, x)
 
 
+@jax.custom_batching.custom_vmap
 def _polynomial_cos(x: Array) -> Array:
     return _anywhere(_near_cos, x)
+
+
+# A batch is just a larger array. Without these rules vmap would turn the choice between the reductions, now one for
+# each example, into computing both.
+@_polynomial_sin.def_vmap
+def _(_size: int, _batched: list[bool], x: Array) -> tuple[Array, bool]:
+    return _polynomial_sin(x), True
+
+
+@_polynomial_cos.def_vmap
+def _(_size: int, _batched: list[bool], x: Array) -> tuple[Array, bool]:
+    return _polynomial_cos(x), True
 
 
 @jax.custom_jvp

@@ -128,6 +128,16 @@ def test_small_arguments_keep_their_relative_precision():
     np.testing.assert_allclose(np.asarray(sine(x), np.float64), np.sin(x.astype(np.float64)), rtol=2.5e-7)
 
 
+@pytest.mark.parametrize("f", [sine, jax.grad(sine)], ids=["sine", "cosine"])
+def test_a_batch_is_just_a_larger_array(f):
+    x = jnp.linspace(-2000, 2000, 12).reshape(3, 4)
+    each = f if f is sine else jax.vmap(f)
+    batched = jax.jit(jax.vmap(each))
+    np.testing.assert_array_equal(batched(x), jax.jit(each)(x) if f is sine else jax.jit(jax.vmap(each))(x))
+    if jax.default_backend() == "cpu":  # the costly reduction stays in a branch of its own
+        assert " conditional(" in batched.lower(x).compile().as_text()
+
+
 def test_float64_is_the_built_in():
     with jax.enable_x64(True):
         x = jnp.linspace(-2000, 2000, 1001)
