@@ -1,6 +1,7 @@
 """Images as functions: networks whose small latent, fitted in a few gradient steps, is the image."""
 
 from functa_jax.coords import coordinate_grid, subsample
+from functa_jax.derivatives import Derivatives, derivatives
 from functa_jax.inner_loop import curvature, fit_latents
 from functa_jax.meta import MetaParams, MetaState, init_meta, meta_loss, meta_step
 from functa_jax.metrics import psnr, psnr_from_mse
@@ -10,12 +11,14 @@ from functa_jax.rendering import render
 from functa_jax.siren import Siren, sine
 
 __all__ = [
+    "Derivatives",
     "MetaParams",
     "MetaState",
     "ModulatedSiren",
     "Siren",
     "coordinate_grid",
     "curvature",
+    "derivatives",
     "fit_latents",
     "init_meta",
     "meta_loss",
