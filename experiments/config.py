@@ -12,7 +12,7 @@ import tyro
 
 from experiments.data import check_choice
 
-STUDIES = {"functa": "experiments.studies.functa"}
+STUDIES = {"functa": "experiments.studies.functa", "siren": "experiments.studies.siren"}
 
 ConfigT = TypeVar("ConfigT")
 

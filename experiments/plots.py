@@ -8,21 +8,32 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _INK, _MUTED, _GRID = "#222222", "#666666", "#dddddd"
-_COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02")
+_COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02", "#35978f")
 
 
-def image_rows(rows: Mapping[str, np.ndarray], path: Path, *, title: str, cell: float = 1.1) -> None:
-    """Draws rows of images of one size on the page, each row with its name; no image is interpolated.
+def image_rows(
+    rows: Mapping[str, Sequence[np.ndarray] | np.ndarray],
+    path: Path,
+    *,
+    title: str,
+    cell: float = 1.1,
+    captions: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Draws rows of images of one shape on the page, each row with its name; no image is interpolated.
 
     Args:
-      rows: name -> uint8 (N, H, W, C); H and W may differ between rows, N may not.
+      rows: name -> N images, uint8 (H, W, C); H and W may differ between images (their ratio should not), N may not.
       path: PNG to write.
       title: above all.
-      cell: side of an image on the page, inches.
+      cell: width of an image on the page, inches.
+      captions: row name -> N texts, each below its image; rows without are left out.
     """
+    captions = captions or {}
     count = len(next(iter(rows.values())))
-    label = 1.5
-    figure = Figure(figsize=(label + count * cell, len(rows) * cell + 0.45), dpi=150)
+    first = next(iter(rows.values()))[0]
+    label, line = 1.5, 0.17 if captions else 0.0
+    tall = cell * first.shape[0] / first.shape[1] + line
+    figure = Figure(figsize=(label + count * cell, len(rows) * tall + 0.45), dpi=150)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes, (name, images) in zip(grid, rows.items(), strict=True):
         for axis, image in zip(axes, images, strict=True):
@@ -30,10 +41,17 @@ def image_rows(rows: Mapping[str, np.ndarray], path: Path, *, title: str, cell: 
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
+        for axis, text in zip(axes, captions.get(name, ()), strict=False):
+            axis.set_xlabel(text, fontsize=7, color=_MUTED, labelpad=2)
         axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
     width, height = figure.get_size_inches()
     figure.subplots_adjust(
-        left=label / width, right=1 - 0.05 / width, top=1 - 0.4 / height, bottom=0.05 / height, wspace=0.06, hspace=0.06
+        left=label / width,
+        right=1 - 0.05 / width,
+        top=1 - 0.4 / height,
+        bottom=(0.05 + line) / height,
+        wspace=0.06,
+        hspace=0.06 + line / (tall - line),
     )
     figure.suptitle(title, fontsize=10, color=_INK, y=1 - 0.12 / height, va="top")
     save(figure, path)

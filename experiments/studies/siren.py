@@ -1,0 +1,310 @@
+"""SIREN: one small network for one image, by image size, network size and number of steps.
+
+Reference: Sitzmann et al. 2020, arXiv:2006.09661; report A, Figures 2 and 3; report B, Tables 1 and 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from PIL import Image
+
+import functa_jax as fj
+from experiments import data, logs, plots
+from experiments.config import Preset
+from experiments.models.siren import Recipe, fit
+from experiments.published import published, table
+from experiments.runs import Run
+from experiments.studies import siren_photograph
+
+SUMMARY = "Fit SIRENs to single images: how well by steps, image and network size; derivatives, zoom and extension"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides the result of a run: one fit for each size and network, of all images together.
+
+    Attributes:
+      source: name of a photograph, or of a data set, whose first test images are taken.
+      images: how many images of a data set.
+      seed: of initialisation and of the order of the pixels.
+      sizes: heights that the images are resized to (bicubic); the ratio of the sides is kept.
+      nets: networks, each (units a hidden layer, hidden layers).
+      w0: frequency factor of the sines.
+      steps: of Adam.
+      marks: steps after which PSNR is measured; the last is `steps`.
+      points: random pixels a step; None: all of them.
+      learning_rate: of Adam.
+      schedule: of the learning rate.
+      analyse: after the fit of a photograph, look at the network's derivatives, zoom in, and look beyond the image.
+      steps_per_call: steps in one call of the compiled loop.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    source: str = "cifar10"
+    images: int = 1
+    seed: int = 0
+    sizes: tuple[int, ...] = (32,)
+    nets: tuple[tuple[int, int], ...] = ((256, 3),)
+    w0: float = 30.0
+    steps: int = 2_000
+    marks: tuple[int, ...] = (2_000,)
+    points: int | None = None
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    analyse: bool = False
+    steps_per_call: int = 50
+    checkpoint_every: int = 200
+
+
+_ROCKET = Config(
+    source="rocket",
+    sizes=(128,),
+    steps=1_000,
+    marks=(100, 200, 500, 1_000),
+    points=8_192,
+    learning_rate=5e-4,
+    schedule="cosine",
+    analyse=True,
+    steps_per_call=20,
+)
+
+PRESETS = {
+    "rocket": Preset(
+        _ROCKET,
+        "the rocket photograph at height 128 (report A, Figure 2): derivatives, zoom, extension",
+        "3 min on one CPU core",
+        "a fit above 35 dB",
+    ),
+    "complexity": Preset(
+        Config(
+            source="astronaut",
+            sizes=(50, 100, 200, 500),
+            nets=((20, 2), (50, 2), (100, 2), (100, 3), (200, 3), (200, 4)),
+            steps=1_000,
+            marks=(1_000,),
+            points=5_000,
+            learning_rate=1e-3,
+            schedule="cosine",
+        ),
+        "four image sizes by six networks (report A, Figure 3); 5,000 random pixels a step",
+        "9 min on one CPU core",
+        "larger images need larger networks",
+    ),
+    "steps": Preset(
+        Config(images=8, marks=(100, 200, 400, 800, 2_000)),
+        "CIFAR-10 images at 32x32 by number of steps, as report B's Table 1: Adam 1e-4, all pixels",
+        "4 min on one CPU core",
+        "over 50 dB after 100 steps (report B: 15.68), over 100 dB after 2000 (report B: 55.47)",
+    ),
+    "sizes": Preset(
+        Config(images=2, sizes=(32, 64, 96, 128), marks=(800, 2_000), points=4_096),
+        "CIFAR-10 images resized to 32, 64, 96, 128, as report B's Table 2: Adam 1e-4, up to 4,096 pixels a step",
+        "8 min on one CPU core",
+        "above report B at every size",
+    ),
+    "tiny": Preset(
+        Config(
+            source="rocket",
+            sizes=(12, 16),
+            nets=((12, 1), (16, 2)),
+            steps=40,
+            marks=(20, 40),
+            points=128,
+            learning_rate=1e-3,
+            schedule="cosine",
+            analyse=True,
+            steps_per_call=10,
+            checkpoint_every=20,
+        ),
+        "to try the machinery: all it does, on nets too small to be of use",
+        "20 s on two CPU cores, most of it compilation",
+        "nothing worth a look",
+    ),
+}
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Fits each network to each size of the images, part by part, and measures.
+
+    Returns:
+      metrics, table, comparisons and figures for `result.json`.
+
+    Raises:
+      ValueError: `analyse` of a data set.
+    """
+    photograph = config.source in data.PHOTOGRAPHS
+    if config.analyse and not photograph:
+        raise ValueError(f"analyse needs a photograph as source ({', '.join(data.PHOTOGRAPHS)}), got {config.source!r}")
+    if photograph:
+        originals = data.photograph(config.source)[None]
+    else:
+        originals = data.load(config.source, "test", data_dir=run.options.data_dir).images[: config.images]
+    recipe = Recipe(
+        config.steps,
+        config.marks,
+        config.points,
+        config.learning_rate,
+        config.schedule,
+        config.steps_per_call,
+        config.checkpoint_every,
+    )
+    log = logs.Log(run.directory, -1, enabled=run.first_process)  # written anew; the parts are what is resumed
+    rows: list[list[Any]] = []
+    metrics: dict[str, Any] = {"train_seconds": 0.0}
+    for size, (width, layers), part in _parts(config, run.directory):
+        images = resize(originals, size)
+        model = fj.Siren(width, layers + 1, images.shape[-1], config.w0, offset=0.5)
+        fitted = fit(replace(run, directory=part), recipe, model, images, seed=config.seed)
+        log.images(size, "originals", images[:8])
+        pixels = images.shape[1] * images.shape[2]
+        parameters = sum(leaf[0].size for leaf in jax.tree.leaves(fitted.params))
+        rate = len(images) / fitted.train_seconds
+        rows.append(
+            [size, f"{width}x{layers}", pixels, parameters, *(fitted.psnr[mark] for mark in config.marks), rate]
+        )
+        metrics |= {f"psnr_{size}_{width}x{layers}_{mark}": fitted.psnr[mark] for mark in config.marks}
+        metrics[f"images_per_second_{size}_{width}x{layers}"] = rate
+        metrics["train_seconds"] += fitted.train_seconds
+    figures = ["reconstructions.png", "psnr.png"]
+    if config.analyse:  # of the largest size and the last network
+        metrics |= siren_photograph.measure(fitted, originals[0], images[0], log)
+        figures += siren_photograph.FIGURES
+    log.close()
+    number = f"{len(originals)} test images of {config.source}" if not photograph else config.source
+    return {
+        "metrics": metrics,
+        "table": {
+            "title": f"{number}: PSNR on [0, 1] at the pixels fitted, mean of per-image, dB",
+            "columns": [
+                "height",
+                "units x hidden layers",
+                "pixels",
+                "parameters",
+                *(f"{mark} steps" for mark in config.marks),
+                "images/s",
+            ],
+            "rows": rows,
+        },
+        "comparisons": _comparisons(config, metrics),
+        "figures": figures,
+    }
+
+
+def draw(directory: Path, result: dict[str, Any]) -> None:
+    """Draws the figures of a finished run from its logs and result."""
+    config = Config(**result["config"])
+    if len(config.nets) > 1:
+        _draw_networks(config, directory, result["metrics"])
+    else:
+        _draw_steps(config, directory, result["metrics"])
+    if config.analyse:
+        siren_photograph.draw(directory, result)
+
+
+def _draw_networks(config: Config, directory: Path, metrics: dict[str, Any]) -> None:
+    """A grid of reconstructions, networks by sizes, and PSNR by size."""
+    originals = logs.read_images(directory / "images.jsonl", "originals")
+    rows: dict[str, Any] = {f"{width}x{layers}": [] for width, layers in config.nets}
+    for _, (width, layers), part in _parts(config, directory):
+        images = logs.read_images(part / "images.jsonl", "reconstructions")[config.steps]
+        rows[f"{width}x{layers}"].append(images[0])
+    psnr = {net: [metrics[f"psnr_{size}_{net}_{config.steps}"] for size in config.sizes] for net in rows}
+    captions = {net: [f"{value:.2f} dB" for value in values] for net, values in psnr.items()}
+    captions["original"] = [f"height {size}" for size in config.sizes]
+    rows["original"] = [originals[size][0] for size in config.sizes]
+    plots.image_rows(
+        rows,
+        directory / "reconstructions.png",
+        title=f"{config.source}: SIRENs of units x hidden layers, {config.steps} steps",
+        captions=captions,
+        cell=1.7,
+    )
+    plots.curves(
+        {net: (config.sizes, values) for net, values in psnr.items()},
+        directory / "psnr.png",
+        title=f"{config.source}: larger images call for larger networks ({config.steps} steps)",
+        x_label="height of the image, pixels",
+        y_label="PSNR, dB",
+    )
+
+
+def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> None:
+    """The images after each number of steps, and PSNR by steps, with report B's beside it."""
+    originals = logs.read_images(directory / "images.jsonl", "originals")
+    ((width, layers),) = config.nets
+    rows: dict[str, Any] = {}
+    captions: dict[str, list[str]] = {}
+    series: dict[str, Any] = {}
+    for size, _, part in _parts(config, directory):
+        images = logs.read_images(part / "images.jsonl", "reconstructions")
+        for mark in config.marks:
+            name = f"{size} px, {mark} steps"
+            rows[name] = images[mark]
+            captions[name] = [f"mean {metrics[f'psnr_{size}_{width}x{layers}_{mark}']:.2f} dB"]
+        rows[f"original, {size} px"] = originals[size]
+        series[f"{size} px"] = logs.curve(logs.read_lines(part / "metrics.jsonl"), "psnr")
+    if config.source == "cifar10" and config.sizes == [32]:
+        by_steps = table("B", 1)
+        series["report B, 32 px"] = (by_steps.column("steps"), by_steps.column("PSNR, dB"))
+    plots.image_rows(
+        rows,
+        directory / "reconstructions.png",
+        title=f"{config.source}: SIREN of {layers} hidden layers of {width} units",
+        captions=captions,
+        cell=max(1.1, 4.0 / len(originals[config.sizes[0]])),
+    )
+    plots.curves(
+        series,
+        directory / "psnr.png",
+        title=f"{config.source}: SIREN of {layers} hidden layers of {width} units",
+        x_label="steps",
+        y_label="PSNR, mean of per-image, dB",
+    )
+
+
+def resize(images: np.ndarray, height: int) -> np.ndarray:
+    """uint8 images (N, H, W, C) at another height, the ratio of the sides kept; bicubic, averaging when it shrinks."""
+    if images.shape[1] == height:
+        return images
+    width = max(1, round(images.shape[2] * height / images.shape[1]))
+    resized = [Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC) for image in images]
+    return np.stack([np.atleast_3d(np.asarray(image)) for image in resized])
+
+
+def _parts(config: Config, directory: Path) -> Iterator[tuple[int, tuple[int, int], Path]]:
+    """Size, network and folder of each fit."""
+    for size in config.sizes:
+        for width, layers in config.nets:
+            yield size, (width, layers), directory / "parts" / f"{size}-{width}x{layers}"
+
+
+def _comparisons(config: Config, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    if config.source != "cifar10" or config.nets != ((256, 3),):
+        return []
+    cells: list[tuple[int, int, int, Any, str]] = []  # size, steps, number of the table, its row, its column
+    for size in config.sizes:
+        for mark in config.marks:
+            if size == 32 and mark in table("B", 1).column("steps"):
+                cells.append((size, mark, 1, mark, "PSNR, dB"))
+            if size in table("B", 2).column("size, pixels") and mark in (800, 2_000) and len(config.sizes) > 1:
+                cells.append((size, mark, 2, size, f"PSNR after {mark} steps, dB"))
+    return [
+        {
+            "quantity": "PSNR of a SIREN fitted to one image, dB",
+            "setting": f"{size}x{size}, {mark} steps",
+            "ours": metrics[f"psnr_{size}_256x3_{mark}"],
+            "report": "B",
+            "table": number,
+            "published": published("B", number, row=row, column=column),
+            "published_setting": f"{size}x{size}, {mark} steps",
+            "higher_is_better": True,
+            "note": f"Ours is the mean of {config.images} test images on [0, 1], Adam {config.learning_rate:g}"
+            + (f", {config.points} random pixels a step" if config.points and size**2 > config.points else "")
+            + "; the report names neither its images nor their number.",
+        }
+        for size, mark, number, row, column in cells
+    ]
