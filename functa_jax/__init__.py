@@ -9,6 +9,7 @@ from functa_jax.modulation import ModulatedSiren
 from functa_jax.relative_adam import relative_adam
 from functa_jax.rendering import render
 from functa_jax.siren import Siren, sine
+from functa_jax.spatial import SpatialModulatedSiren
 
 __all__ = [
     "Derivatives",
@@ -16,6 +17,7 @@ __all__ = [
     "MetaState",
     "ModulatedSiren",
     "Siren",
+    "SpatialModulatedSiren",
     "coordinate_grid",
     "curvature",
     "derivatives",

@@ -3,7 +3,7 @@
 Reference: Dupont et al., "From data to functa", 2022, arXiv:2201.12204, section 3.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -34,7 +34,7 @@ class LatentToModulation(nn.Module):
 
     @nn.compact
     def __call__(self, latent: Array) -> tuple[Array | None, Array | None]:
-        """Latents (B, L) -> scale and shift, each (B, layers, width) or None; scale is centred on 1."""
+        """Latents (..., L) -> scale and shift, each (..., layers, width) or None; scale is centred on 1."""
         if self.modulate not in ("shift", "scale", "both"):
             raise ValueError(f"modulate must be 'shift', 'scale' or 'both', got {self.modulate!r}")
         h = latent
@@ -43,9 +43,9 @@ class LatentToModulation(nn.Module):
         kinds = 2 if self.modulate == "both" else 1
         init = nn.initializers.variance_scaling(self.kernel_scale**2, "fan_in", "truncated_normal")
         m = nn.Dense(kinds * self.layers * self.width, kernel_init=init, name="modulations")(h)
-        m = m.reshape(-1, kinds, self.layers, self.width)
-        scale = None if self.modulate == "shift" else 1 + m[:, 0]
-        shift = None if self.modulate == "scale" else m[:, -1]
+        m = m.reshape(*latent.shape[:-1], kinds, self.layers, self.width)
+        scale = None if self.modulate == "shift" else 1 + m[..., 0, :, :]
+        shift = None if self.modulate == "scale" else m[..., -1, :, :]
         return scale, shift
 
 
@@ -102,38 +102,64 @@ class ModulatedSiren(nn.Module):
         Raises:
           ValueError: a batch of latents with coordinates of another shape than those.
         """
-        points, latents = as_batch(coords, latent)
+        points, latents = as_batch(coords, latent, ("L",))
         w0s = frequencies(self.w0, self.depth)
         to_modulation = LatentToModulation(
             self.width, self.depth - 1, self.modulate, self.hidden, self.modulation_scale, name="latent_to_modulation"
         )
         scale, shift = to_modulation(latents)
-        h = points
-        for layer, w0 in enumerate(w0s):
-            dense = Dense(self.width, w0, first=layer == 0, compute_dtype=self.compute_dtype, name=f"layer_{layer}")
-            a = dense(h)
-            if scale is not None:
-                a = scale[:, layer, None, :] * a
-            if shift is not None:
-                a = a + shift[:, layer, None, :]
-            h = sine(w0 * a)
+        h = modulated_sines(points, w0s, self.width, scale, shift, lambda m: m[:, None], self.compute_dtype)
         y = Dense(self.out_features, w0s[-1], compute_dtype=self.compute_dtype, name="output")(h) + self.offset
-        return y if latent.ndim == 2 else y.reshape(*coords.shape[:-1], self.out_features)
+        return y.reshape(*coords.shape[:-1], self.out_features) if latent.ndim == 1 else y
 
 
-def as_batch(coords: Array, latent: Array) -> tuple[Array, Array]:
-    """Brings coordinates and latents to (1 or B, N, d) and (B, L).
+def modulated_sines(
+    points: Array,
+    w0s: Sequence[float],
+    width: int,
+    scale: Array | None,
+    shift: Array | None,
+    at_points: Callable[[Array], Array],
+    compute_dtype: jnp.dtype | None,
+) -> Array:
+    """The sine layers of a modulated SIREN, made inside the module that calls this.
+
+    Args:
+      points: (1 or B, N, d).
+      w0s: frequency factor of each layer.
+      width: units in each layer.
+      scale, shift: (B, ..., layers, width), or None.
+      at_points: one layer's modulations (B, ..., width) -> those of each point, (B, 1 or N, width).
+      compute_dtype: of the matmuls.
+
+    Returns:
+      (B, N, width).
+    """
+    h = points
+    for layer, w0 in enumerate(w0s):
+        a = Dense(width, w0, first=layer == 0, compute_dtype=compute_dtype, name=f"layer_{layer}")(h)
+        if scale is not None:
+            a = at_points(scale[..., layer, :]) * a
+        if shift is not None:
+            a = a + at_points(shift[..., layer, :])
+        h = sine(w0 * a)
+    return h
+
+
+def as_batch(coords: Array, latent: Array, one: tuple[str, ...]) -> tuple[Array, Array]:
+    """Brings coordinates and latents to (1 or B, N, d) and (B, ...); `one` names the dimensions of one latent.
 
     Raises:
       ValueError: shapes that do not go together.
     """
-    if latent.ndim == 1:
+    if latent.ndim == len(one):
         return coords.reshape(1, -1, coords.shape[-1]), latent[None]
-    if latent.ndim == 2 and coords.ndim == 2:
+    if latent.ndim == len(one) + 1 and coords.ndim == 2:
         return coords[None], latent
-    if latent.ndim == 2 and coords.ndim == 3 and coords.shape[0] == latent.shape[0]:
+    if latent.ndim == len(one) + 1 and coords.ndim == 3 and coords.shape[0] == latent.shape[0]:
         return coords, latent
+    names = ", ".join(one)
     raise ValueError(
-        f"coords {coords.shape} do not go with latent {latent.shape}: use latent (L,) with coords (..., d), "
-        "or latents (B, L) with coords (N, d) or (B, N, d)"
+        f"coords {coords.shape} do not go with latent {latent.shape}: use latent ({names}{',' * (len(one) == 1)}) with "
+        f"coords (..., d), or latents (B, {names}) with coords (N, d) or (B, N, d)"
     )

@@ -25,15 +25,15 @@ class Functa:
     Attributes:
       model: the network.
       image_shape: (height, width, channels) of the images.
-      latent: size of the latent.
+      latent_shape: (L,) of a vector, (h, w, c) of a grid.
       inner_steps: gradient steps to fit one.
       rates_per_step: whether each inner step has its own rates.
       mesh: devices to fit a whole set on, along one axis `data`.
     """
 
-    model: fj.ModulatedSiren
+    model: fj.ModulatedSiren | fj.SpatialModulatedSiren
     image_shape: tuple[int, int, int]
-    latent: int
+    latent_shape: tuple[int, ...]
     inner_steps: int
     rates_per_step: bool
     mesh: Mesh
@@ -45,14 +45,14 @@ class Functa:
 
     @property
     def latent_init(self) -> Array:
-        """Where every image starts, (L,)."""
-        return jnp.zeros(self.latent)
+        """Where every image starts, of `latent_shape`."""
+        return jnp.zeros(self.latent_shape)
 
     def initialise(self, key: Array, *, rate: float | None, rate_scale: float) -> tuple[Any, Array]:
         """Variables of the network and the inner rates: all `rate`, or else `rate_scale` / curvature."""
         model_key, curvature_key = jax.random.split(key)
         variables = self.model.init(model_key, self.coords, self.latent_init)
-        shape = (self.inner_steps, self.latent) if self.rates_per_step else (self.latent,)
+        shape = (self.inner_steps, *self.latent_shape) if self.rates_per_step else self.latent_shape
         if rate is not None:
             return variables, jnp.full(shape, rate)
         curvature = fj.curvature(self.model.apply, variables, self.coords, self.latent_init, curvature_key)
@@ -74,7 +74,7 @@ class Functa:
         )
 
     def fit(self, params: fj.MetaParams, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Latents (N, L) and mean squared errors (N,) of uint8 images (N, H, W, C), over all devices."""
+        """Latents (N, ...) and mean squared errors (N,) of uint8 images (N, H, W, C), over all devices."""
         block = _BLOCK * self.mesh.size
         missing = -len(images) % block
         padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])

@@ -28,14 +28,14 @@ def test_preset_fits_together(name: str) -> None:
     assert preset.batch_size % min(preset.batch_size, preset.microbatch) == 0
 
 
-@pytest.mark.parametrize(("name", "row"), [("mnist-c1", 1), ("mnist-c2", 2), ("cifar10-c1", 1)])
+@pytest.mark.parametrize(("name", "row"), [("mnist-c1", 1), ("mnist-c2", 2), ("cifar10-c1", 1), ("cifar10-c3", 3)])
 def test_report_a_configurations_are_as_published(name: str, row: int) -> None:
     preset = functa.PRESETS[name].config
     ours = {
         "batch size": preset.batch_size,
         "width": preset.width,
         "depth": preset.depth,
-        "latent": str(preset.latent),
+        "latent": str(preset.latent) if isinstance(preset.latent, int) else "x".join(map(str, preset.latent)),
         "outer learning rate": preset.learning_rate,
         "w0": preset.w0,
     }
@@ -46,20 +46,30 @@ def test_report_a_configurations_are_as_published(name: str, row: int) -> None:
     assert (preset.inner_steps, preset.inner_rate, preset.second_order) == (3, 0.01, False)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("runs")
+@pytest.mark.parametrize(
+    ("arguments", "latent"), [(["--latent", "128"], 128), (["--latent", "4", "5", "6"], (4, 5, 6))]
+)
+def test_a_latent_is_a_number_or_a_grid_on_the_command_line(arguments: list[str], latent: object) -> None:
+    for preset in ("mnist-small", "cifar10-c3"):
+        base = functa.PRESETS[preset].config
+        asked, _ = config.parse(base, arguments, prog="test", description="")
+        assert asked == dataclasses.replace(base, latent=latent)
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-grid"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    name, folder = request.param, tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
-        preset = config.preset("functa", "tiny").config
-        result = execute.execute("functa", "tiny", preset, Options(runs_dir=folder), ["run", "functa", "tiny"])
-    return folder / "functa" / "tiny-0", result
+        preset = config.preset("functa", name).config
+        result = execute.execute("functa", name, preset, Options(runs_dir=folder), ["run", "functa", name])
+    return folder / "functa" / f"{name}-0", result
 
 
 def test_result_is_written_and_says_where_it_comes_from(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     assert json.loads((directory / "result.json").read_text()) == result
-    assert result["command"] == "python -m experiments run functa tiny"
+    assert result["command"] == f"python -m experiments run functa {result['preset']}"
     assert result["metrics"]["test_images"] == len(data.load("digits", "test").labels)
     # Jensen: the mean of the images' PSNR is the larger one.
     assert result["metrics"]["test_psnr"] > result["metrics"]["test_psnr_of_mean_mse"]
@@ -90,18 +100,19 @@ def test_logged_images_are_those_of_the_test_set(tiny: tuple[Path, dict]) -> Non
     assert logs.read_images(directory / "images.jsonl", "test_4x")[steps].shape == (8, 32, 32, 1)
 
 
-def test_fit_does_not_depend_on_the_padding() -> None:
+@pytest.mark.parametrize("name", ["tiny", "tiny-grid"])
+def test_fit_does_not_depend_on_the_padding(name: str) -> None:
     """A set that does not fill the last block gives each image the error that it has alone."""
     import jax
 
-    preset = config.preset("functa", "tiny").config
+    preset = config.preset("functa", name).config
     model = functa.build(preset, (8, 8, 1), data_mesh())
     assert isinstance(model, Functa)
     variables, rates = model.initialise(jax.random.key(0), rate=None, rate_scale=1.0)
     params = functa.fj.MetaParams(variables, rates)
     images = data.load("digits", "test").images[:3]
     latents, errors = model.fit(params, images)
-    assert latents.shape == (3, preset.latent)
+    assert latents.shape == (3, *((preset.latent,) if isinstance(preset.latent, int) else preset.latent))
     for i in range(3):
         alone = model.fit(params, images[i : i + 1])
         np.testing.assert_allclose(alone[0][0], latents[i], rtol=1e-4, atol=1e-6)
