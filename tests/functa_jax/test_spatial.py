@@ -148,7 +148,7 @@ def test_gradients_of_a_batch_are_those_of_single_images(points, interpolation):
 
 
 def test_grids_are_fitted_like_vectors():
-    """The inner loop, batched or not, lowers the error at a rate well below 2 / curvature; the outer loss is its end."""
+    """The inner loop, batched or not, lowers the error at rates well below 2 / curvature."""
     model = SpatialModulatedSiren(**SMALL | {"out_features": 1}, modulate="both")
     coords = coordinate_grid((12, 12)).reshape(-1, 2)
     images = jnp.asarray(np.random.default_rng(1).uniform(size=(3, 144, 1)), jnp.float32)
