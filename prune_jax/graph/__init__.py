@@ -13,6 +13,9 @@ without a rule that meets a parameter raises.
 (``pruning.smaller_function``) walks the dense program at the shapes of the call and runs every equation at its new size
 (``cut``), so it needs no second description of the network.
 
+``recovery`` fits the layers that lost inputs to the dense network, without training: ``flatten`` gives one list of
+equations, ``consumers`` finds the layers in it, ``products`` writes each as a regression, ``least_squares`` solves it.
+
 What changes besides sizes: a sum over a cut axis divided by the axis' length (a mean, as in layer norm) divides by the
 new length, as in a network built small from the start. Every other number in the program stays, the attention scale
 among them. Zeroing and cutting therefore agree exactly where nothing is normalised over a cut axis. Constants that are
@@ -24,6 +27,7 @@ from prune_jax.graph.groups import Group, Groups, Member, dependency_groups
 from prune_jax.graph.importance import squared_magnitude, unit_scores
 from prune_jax.graph.plan import apply_plan
 from prune_jax.graph.pruning import Pruned, prune, smaller_function
+from prune_jax.graph.recovery import recover
 from prune_jax.graph.regulariser import group_regulariser
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "dependency_groups",
     "group_regulariser",
     "prune",
+    "recover",
     "smaller_function",
     "squared_magnitude",
     "unit_scores",

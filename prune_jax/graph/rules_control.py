@@ -15,20 +15,21 @@ from prune_jax.graph.rules_shape import drop
 from prune_jax.graph.walk import Body, Run, Value, Walk, shape_of
 
 
-def _closed(inner: Any) -> tuple[Jaxpr, list]:
+def opened(inner: Any) -> tuple[Jaxpr, list]:
+    """A jaxpr and its constants, whether it was closed or not."""
     return (inner.jaxpr, list(inner.consts)) if hasattr(inner, "jaxpr") else (inner, [])
 
 
 def call(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
     """jit and closed calls: read through."""
-    jaxpr, consts = _closed(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+    jaxpr, consts = opened(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
     body = walk.read(jaxpr, consts, ins)
     return body.outputs, body.run
 
 
 def remat(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
     """Read through; what is rematerialised stays so."""
-    jaxpr, consts = _closed(eqn.params["jaxpr"])
+    jaxpr, consts = opened(eqn.params["jaxpr"])
     body = walk.read(jaxpr, consts, [Value(v.aval, v.labels, None, v.summed) for v in ins], cut_outputs=True)
 
     def run(cut: Cut, *args: Any) -> list:
@@ -47,12 +48,12 @@ def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list
     end.
     """
     if walk.in_derivative:
-        plain = walk.read(*_closed(eqn.params["call_jaxpr"]), [Value(v.aval, v.labels) for v in ins], cut_outputs=True)
+        plain = walk.read(*opened(eqn.params["call_jaxpr"]), [Value(v.aval, v.labels) for v in ins], cut_outputs=True)
         return plain.outputs, plain.run
     variables = [v for v in eqn.invars if isinstance(v, Var)]
     moving = [i for i, v in enumerate(eqn.invars) if isinstance(v, Var)]
     ins = [Value(v.aval, v.labels) for v in ins]
-    jaxpr, consts = _closed(eqn.params["call_jaxpr"])
+    jaxpr, consts = opened(eqn.params["call_jaxpr"])
     outvars = [Var(v.aval) if isinstance(v, DropVar) else v for v in eqn.outvars]
     alone = jaxpr.replace(
         constvars=[], invars=variables, outvars=outvars, eqns=[eqn.replace(outvars=outvars)], effects=eqn.effects
@@ -131,14 +132,19 @@ def _inner(walk: Walk, value: Value, aval: Any) -> Value:
     return Value(aval, drop(labels, (0,)))
 
 
-def scan(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
-    """Every step sees the same labels; the carry's are those it started with."""
-    p = eqn.params
-    jaxpr, consts = _closed(p["jaxpr"])
+def scan_parts(eqn: JaxprEqn, jaxpr: Jaxpr) -> tuple[int, int, int]:
+    """Where a scan's carry starts and ends among its operands, and how many arrays it carries."""
     # constants and carry enter the body as they are, scanned arrays lose their leading axis
     m = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
     carried = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
-    n = m - carried
+    return m - carried, m, carried
+
+
+def scan(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
+    """Every step sees the same labels; the carry's are those it started with."""
+    p = eqn.params
+    jaxpr, consts = opened(p["jaxpr"])
+    n, m, carried = scan_parts(eqn, jaxpr)
     inputs = [Value(v.aval, v.labels) for v in ins[:m]]
     inputs += [_inner(walk, v, var.aval) for v, var in zip(ins[m:], jaxpr.invars[m:], strict=True)]
     before = len(walk.costs)
@@ -172,8 +178,8 @@ def while_(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
     p = eqn.params
     n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     plain = [Value(v.aval, v.labels) for v in ins]
-    test = walk.read(*_closed(p["cond_jaxpr"]), [*plain[:n], *plain[m:]], cut_outputs=True)
-    body = walk.read(*_closed(p["body_jaxpr"]), plain[n:], cut_outputs=True)
+    test = walk.read(*opened(p["cond_jaxpr"]), [*plain[:n], *plain[m:]], cut_outputs=True)
+    body = walk.read(*opened(p["body_jaxpr"]), plain[n:], cut_outputs=True)
     for start, end in zip(plain[m:], body.outputs, strict=True):
         _share(walk, start, end)
 
@@ -191,7 +197,7 @@ def cond(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]
     plain = [Value(v.aval, v.labels) for v in ins[1:]]
     bodies = []
     for branch in eqn.params["branches"]:
-        bodies.append(walk.read(*_closed(branch), [walk.settled(v) for v in plain], cut_outputs=True))
+        bodies.append(walk.read(*opened(branch), [walk.settled(v) for v in plain], cut_outputs=True))
     outs = []
     for o, *values in zip(eqn.outvars, *[b.outputs for b in bodies], strict=True):
         labels = walk.settled(values[0]).labels

@@ -82,14 +82,21 @@ class Value:
         return None if self.const is None else self.const.get()
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Step:
     """One equation ready to be run at other sizes."""
 
     eqn: JaxprEqn
     inputs: list[Value]
+    outputs: list[Value]
     run: Run | None
     whole: bool  # constants go in and come out uncut
+
+    def evaluate(self, cut: Cut, values: list) -> list:
+        """Run the equation on cut operands (constants are still uncut)."""
+        if not self.whole:
+            values = [cut.constant(x, v) if v.const else x for x, v in zip(values, self.inputs, strict=True)]
+        return self.run(cut, *values) if self.run else bind(self.eqn, values)
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,10 +118,7 @@ class Body:
             return atom.val if isinstance(atom, Literal) else env[atom]
 
         for step in self.steps:
-            values = [read(a) for a in step.eqn.invars]
-            if not step.whole:
-                values = [cut.constant(x, v) if v.const else x for x, v in zip(values, step.inputs, strict=True)]
-            outs = step.run(cut, *values) if step.run else bind(step.eqn, values)
+            outs = step.evaluate(cut, [read(a) for a in step.eqn.invars])
             env.update(zip(step.eqn.outvars, outs, strict=True))
         results = [read(a) for a in self.jaxpr.outvars]
         if self.cut_outputs:
@@ -187,7 +191,7 @@ class Walk:
                 whole = False
                 values = [self.consumed(v) for v in values]
                 outs, run = self.apply(eqn, values)
-            steps.append(Step(eqn, values, run, whole))
+            steps.append(Step(eqn, values, outs, run, whole))
             env.update(zip(eqn.outvars, outs, strict=True))
             self.path.pop()
         outputs = [look(a) for a in jaxpr.outvars]
