@@ -20,7 +20,13 @@ def squared_magnitude(params: Any) -> Any:
 
 
 def unit_scores(
-    groups: Groups, scores: Any, *, aggregate: Aggregate = "sum", normalise: Normalise = "mean", top: float = 0.1
+    groups: Groups,
+    scores: Any,
+    *,
+    aggregate: Aggregate = "sum",
+    normalise: Normalise = "mean",
+    top: float = 0.1,
+    gone: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Score every unit of every group by its members.
 
@@ -34,6 +40,7 @@ def unit_scores(
         aggregate: How the members of a unit make one score: their sum, mean or maximum.
         normalise: "mean", "top" or "none".
         top: N of "top" as a fraction of the group's size (at least one unit).
+        gone: Classes of elements removed already: units among them score -inf and do not count in the normalisation.
 
     Returns:
         One array (units,) for every group.
@@ -77,7 +84,12 @@ def unit_scores(
                 fixed = tuple(d for d, n in enumerate(label.shape) if n == 1)
                 total[label] = value.sum(axis=fixed, keepdims=True)
                 scored[label] = True
-    return [_normalised(raw, normalise, top) for raw in _aggregated(groups, total, scored, aggregate)]
+    out = []
+    for units, raw in zip(groups.units, _aggregated(groups, total, scored, aggregate), strict=True):
+        left = np.ones(len(raw), bool) if gone is None else ~gone[units]
+        out.append(np.full(len(raw), -np.inf))
+        out[-1][left] = _normalised(raw[left], normalise, top)
+    return out
 
 
 def _aggregated(groups: Groups, total: np.ndarray, scored: np.ndarray, aggregate: Aggregate) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.graph.cut import Cut, take
@@ -168,6 +169,22 @@ def apply_plan(plan: dict, tree: Any) -> Any:
     if not matched:
         raise ValueError("no leaf of this tree has a path that the plan knows: the plan is for another function")
     return jax.tree.unflatten(tree_def, out)
+
+
+def expand(plan: dict, small: Any, dense: Any) -> Any:
+    """The inverse of ``apply_plan`` on parameters: the survivors at their old places, zeros where something was cut.
+
+    ``dense`` holds arrays or shapes. The dense function of the result is the smaller function of ``small``, wherever
+    zeroing and cutting agree.
+    """
+    flat, tree = jax.tree.flatten(small)
+    shapes = [x.shape for x in jax.tree.leaves(dense)]
+    out = []
+    for x, shape, entry in zip(flat, shapes, plan["leaves"], strict=True):
+        places = _cut_leaf(np.arange(np.prod(shape, dtype=int)).reshape(shape), entry["keep"])
+        whole = x if not entry["keep"] else jnp.zeros(shape, x.dtype).at[np.unravel_index(places, shape)].set(x)
+        out.append(whole)
+    return jax.tree.unflatten(tree, out)
 
 
 def _longest_suffix(path: tuple[str, ...], listed: dict[tuple[str, ...], dict]) -> dict | None:

@@ -12,9 +12,9 @@ import numpy as np
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.groups import dependency_groups
 from prune_jax.graph.importance import Aggregate, Normalise, squared_magnitude, unit_scores
-from prune_jax.graph.plan import apply_plan, check_plan, deaths, make_plan
+from prune_jax.graph.plan import apply_plan, check_plan, deaths, expand, make_plan
 from prune_jax.graph.program import Program, abstract, keys, read_program
-from prune_jax.graph.select import Measure, Scope, select
+from prune_jax.graph.select import Measure, Scope, check_ratios, select, size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,10 @@ def prune(
     fn: Callable,
     params: Any,
     *args: Any,
-    ratio: float | dict[int, float],
+    ratio: float | dict[int, float] | None = None,
     of: Measure = "units",
+    target_latency: float | None = None,
+    measure: Callable[[Pruned], float] | None = None,
     scope: Scope = "global",
     importance: Any = squared_magnitude,
     aggregate: Aggregate = "sum",
@@ -39,6 +41,8 @@ def prune(
     kinds: Sequence[str] = ("width",),
     round_to: int = 1,
     minimum: int = 1,
+    rounds: int = 1,
+    between: Callable[[Pruned], Any] = lambda pruned: pruned.params,
     pin: Callable[[str], bool] = lambda path: False,
     free_output: Callable[[str], bool] = lambda path: False,
 ) -> Pruned:
@@ -54,7 +58,10 @@ def prune(
         *args: Example arguments; their shapes are free in the result wherever ``fn`` leaves them free.
         ratio: Fraction to remove in [0, 1); or a dict from tie (``Group.tie``) to its own fraction.
         of: What ``ratio`` is a fraction of: "units", "parameters", or "flops" of matrix products and convolutions at
-            the example's shapes. The last two are met as nearly as whole units allow.
+            the example's shapes. The last two are met to 1 %, or as nearly as whole units allow.
+        target_latency: Instead of ``ratio``: what ``measure`` is to give, met to 1 % or as nearly as whole units allow.
+        measure: Says how long a candidate takes, such as the median of timed calls of ``jax.jit(candidate.fn)``.
+            Called up to 17 times a round, first with the uncut network; the unit is the same as the target's.
         scope: Among which units the lowest are sought: "global" all, "local" every tie for itself, "kind" ties of the
             same form ("isomorphic"), or a function from a group to a name of its bucket.
         importance: Pytree of element scores like ``params`` (None where not scored), or a function from ``params`` to
@@ -64,6 +71,10 @@ def prune(
         kinds: Which groups may be cut: "width" (channels, dims) and "block" (whole heads, whole channel groups).
         round_to: Widths left are multiples of this where the group is at least that large.
         minimum: Fewest units left in a group.
+        rounds: In how many rounds; each keeps the same fraction of the one before and scores anew what is left.
+        between: Called with what each round but the last leaves; returns parameters for it, trained on or recovered.
+            The next round scores and cuts these. ``importance`` always sees parameters of the original shapes, with
+            zeros where something was cut.
         pin: Says by path which parameter leaves must keep their shape.
         free_output: Says by path which outputs may change shape, such as updated batch statistics.
 
@@ -71,7 +82,8 @@ def prune(
         ``fn``, ``params`` and ``plan`` of the smaller network.
 
     Raises:
-        ValueError: A ratio out of range, an unknown scope, kind or tie, scores of the wrong shape.
+        ValueError: A ratio out of range, an unknown scope, kind or tie, scores of the wrong shape, a latency that the
+            smallest network still exceeds.
         UnknownPrimitiveError: See ``dependency_groups``.
 
     Example:
@@ -84,16 +96,75 @@ def prune(
 
     Reference: Fang et al., DepGraph: Towards Any Structural Pruning (2301.12900).
     """
+    if (ratio is None) == (target_latency is None):
+        raise ValueError(f"give either ratio or target_latency, got ratio={ratio} and target_latency={target_latency}")
+    if (measure is None) != (target_latency is None):
+        raise ValueError("measure says how long a network takes and goes with target_latency; give both or neither")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     groups = dependency_groups(fn, params, *args, pin=pin, free_output=free_output)
-    scores = unit_scores(
-        groups, importance(params) if callable(importance) else importance, aggregate=aggregate, normalise=normalise
-    )
-    dead = select(groups, scores, ratio=ratio, of=of, scope=scope, kinds=kinds, round_to=round_to, minimum=minimum)
-    plan = make_plan(groups.program, dead)
-    specs = abstract(args)
-    known = {_key(specs): (groups.program, Cut(~dead[groups.program.classes.root]))}
-    small = _smaller_function(fn, abstract(params), plan, pin, free_output, known)
-    return Pruned(small, apply_plan(plan, params), plan)
+    program, dense, specs = groups.program, abstract(params), abstract(args)
+
+    def smaller(dead: np.ndarray) -> Pruned:
+        plan = make_plan(program, dead)
+        known = {_key(specs): (program, Cut(~dead[program.classes.root]))}
+        return Pruned(_smaller_function(fn, dense, plan, pin, free_output, known), apply_plan(plan, params), plan)
+
+    whole = np.zeros(program.classes.count, bool)
+    size, budget = size_of(program, of), target_latency is not None
+    if measure is not None and target_latency is not None:
+        size = _remembered(lambda dead: measure(smaller(dead)))
+        ratio = max(0.0, 1 - target_latency / size(whole))
+    check_ratios(ratio, of)
+    dead = whole
+    for left in range(rounds - 1, -1, -1):
+        scores = unit_scores(
+            groups,
+            importance(params) if callable(importance) else importance,
+            aggregate=aggregate,
+            normalise=normalise,
+            gone=dead,
+        )
+        dead = select(
+            groups,
+            scores,
+            ratio=_part(ratio, (rounds - left) / rounds),
+            size=size,
+            tolerance=0.01 if budget else 1e-3,
+            budget=budget,
+            scope=scope,
+            kinds=kinds,
+            round_to=round_to,
+            minimum=minimum,
+        )
+        if left:
+            pruned = smaller(dead)
+            params = expand(pruned.plan, between(pruned), dense)
+    if target_latency is not None and size is not None and size(dead) > 1.01 * target_latency:
+        raise ValueError(
+            f"target_latency={target_latency:g} cannot be reached: the smallest network found within these limits "
+            f"(kinds, minimum, round_to, pin) takes {size(dead):g}, the whole one {size(whole):g}"
+        )
+    return smaller(dead)
+
+
+def _part(ratio: Any, done: float) -> Any:
+    """What is removed after this fraction of the rounds, each of which keeps the same fraction."""
+    if isinstance(ratio, dict):
+        return {tie: _part(r, done) for tie, r in ratio.items()}
+    return ratio if done == 1 else 1 - (1 - ratio) ** done
+
+
+def _remembered(size: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], float]:
+    known: dict[bytes, float] = {}
+
+    def remembered(dead: np.ndarray) -> float:
+        key = dead.tobytes()
+        if key not in known:
+            known[key] = size(dead)
+        return known[key]
+
+    return remembered
 
 
 def smaller_function(

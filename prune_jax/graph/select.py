@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from prune_jax.graph.program import Program
 
 Scope = str | Callable[[Group], str]
 Measure = Literal["units", "parameters", "flops"]
+Size = Callable[[np.ndarray], float]  # dead classes -> how much is left
 BISECTIONS = 16
 
 
@@ -22,45 +23,72 @@ def select(
     scores: list[np.ndarray],
     *,
     ratio: float | dict[int, float],
-    of: Measure,
+    size: Size | None,
+    tolerance: float,
+    budget: bool,
     scope: Scope,
     kinds: Sequence[str],
     round_to: int,
     minimum: int,
 ) -> np.ndarray:
-    """Choose the units with the lowest scores; returns the classes that die, as a boolean array."""
-    if of not in ("units", "parameters", "flops"):
-        raise ValueError(f"of must be 'units', 'parameters' or 'flops', got {of!r}")
-    if of != "units" and isinstance(ratio, dict):
-        raise ValueError(f"a ratio for every tie counts units; with of={of!r} give one number")
+    """Choose the units with the lowest scores; those with score -inf are gone already.
+
+    Args:
+        groups: All groups.
+        scores: One array for each group.
+        ratio: Fraction to remove, of units or of ``size``; or by tie.
+        size: What is left when these classes are dead; None counts units.
+        tolerance: How far, as a fraction of the wanted size, is near enough.
+        budget: Whether the wanted size must not be exceeded by more than that, as far as can be.
+        scope: See ``prune``.
+        kinds: See ``prune``.
+        round_to: See ``prune``.
+        minimum: See ``prune``.
+
+    Returns:
+        The classes that die, as a boolean array.
+    """
+    number = groups.program.classes.count
 
     def dead(fraction: float | dict[int, float]) -> np.ndarray:
         lost = _losses(groups, scores, ratio=fraction, scope=scope, kinds=kinds, round_to=round_to, minimum=minimum)
-        out = np.zeros(groups.program.classes.count, bool)
+        out = np.zeros(number, bool)
         for group, units, score in zip(groups, groups.units, scores, strict=True):
             out[units[np.argsort(score, kind="stable")[: lost.get(group.tie, 0)]]] = True
         return groups.program.classes.deaths(out)
 
-    if isinstance(ratio, dict) or of == "units":
+    if isinstance(ratio, dict) or size is None:
         return dead(ratio)
-    _check_ratio(ratio)
-    whole = _measure(groups.program, np.zeros(groups.program.classes.count, bool), of)
-    low, high, tried = 0.0, 1.0, {}
+    target = (1 - ratio) * size(np.zeros(number, bool))
+    low, high = 0.0, 1.0
+    best, least = dead(low), (True, np.inf)
     for _ in range(BISECTIONS):
         fraction = (low + high) / 2
         candidate = dead(fraction)
-        removed = 1 - _measure(groups.program, candidate, of) / whole
-        tried[abs(removed - ratio)] = candidate
-        low, high = (fraction, high) if removed < ratio else (low, fraction)
-    return tried[min(tried)]
+        left = size(candidate)
+        distance = (budget and left > (1 + tolerance) * target, abs(left - target))
+        if distance < least:
+            best, least = candidate, distance
+        if distance[1] <= tolerance * target:
+            break
+        low, high = (fraction, high) if left > target else (low, fraction)
+    return best
 
 
-def _measure(program: Program, dead: np.ndarray, of: Measure) -> float:
-    """Parameters or FLOPs that are left."""
-    cut = Cut(~dead[program.classes.root])
-    if of == "parameters":
+def size_of(program: Program, of: Measure) -> Size | None:
+    """How many parameters or FLOPs are left; None for units."""
+    if of not in ("units", "parameters", "flops"):
+        raise ValueError(f"of must be 'units', 'parameters' or 'flops', got {of!r}")
+
+    def parameters(dead: np.ndarray) -> float:
+        cut = Cut(~dead[program.classes.root])
         return sum(math.prod(cut.shape(leaf.labels, leaf.shape)) for leaf in program.leaves)
-    return float(sum(cost(cut) for cost in program.walk.costs))
+
+    def flops(dead: np.ndarray) -> float:
+        cut = Cut(~dead[program.classes.root])
+        return float(sum(cost(cut) for cost in program.walk.costs))
+
+    return {"units": None, "parameters": parameters, "flops": flops}[of]
 
 
 def _losses(
@@ -77,8 +105,6 @@ def _losses(
     for name, least in (("round_to", round_to), ("minimum", minimum)):
         if least < 1:
             raise ValueError(f"{name} must be at least 1, got {least}")
-    for value in ratio.values() if isinstance(ratio, dict) else [ratio]:
-        _check_ratio(value)
     unknown = set(kinds) - {"width", "block"}
     if unknown:
         raise ValueError(f"kinds must be among 'width' and 'block', got {sorted(unknown)}")
@@ -102,7 +128,8 @@ def _losses(
         wanted = {}
         for ties in buckets.values():
             wanted.update(_lowest(ties, ladder, groups, ratio, minimum))
-    return {tie: _rounded(size[tie], n, round_to, minimum) for tie, n in wanted.items()}
+    gone = {tie: int(np.isneginf(ladder[tie]).sum()) for tie in wanted}
+    return {tie: max(gone[tie], _rounded(size[tie], n, round_to, minimum)) for tie, n in wanted.items()}
 
 
 def _bucket(scope: Scope, group: Group) -> str:
@@ -137,6 +164,10 @@ def _rounded(size: int, lost: int, round_to: int, minimum: int) -> int:
     return size - min(size, max(kept, minimum))
 
 
-def _check_ratio(ratio: float) -> None:
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
+def check_ratios(ratio: Any, of: Measure) -> None:
+    """Raise unless this can be removed."""
+    if isinstance(ratio, dict) and of != "units":
+        raise ValueError(f"a ratio for every tie counts units; with of={of!r} give one number")
+    for value in ratio.values() if isinstance(ratio, dict) else [ratio]:
+        if not 0 <= value < 1:
+            raise ValueError(f"ratio must be in [0, 1), got {value}")

@@ -124,6 +124,10 @@ def test_a_ratio_of_flops_is_met(name):
         ({"ratio": 0.5, "minimum": 0}, "minimum must be at least 1"),
         ({"ratio": 0.5, "aggregate": "median"}, "aggregate must be"),
         ({"ratio": 0.5, "normalise": "max"}, "normalise must be"),
+        ({}, "give either ratio or target_latency"),
+        ({"ratio": 0.5, "target_latency": 1.0}, "give either ratio or target_latency"),
+        ({"target_latency": 1.0}, "measure says how long a network takes"),
+        ({"ratio": 0.5, "rounds": 0}, "rounds must be at least 1, got 0"),
         ({"ratio": 0.5, "importance": {"a": None}}, "scores must have 3 leaves"),
         ({"ratio": 0.5, "importance": {"a": jnp.ones(3), "b": None, "c": None}}, r"'a' must have shape \(3, 10\)"),
         ({"ratio": 0.5, "importance": {"a": jnp.full((3, 10), jnp.nan), "b": None, "c": None}}, "hold NaN"),
@@ -145,3 +149,69 @@ def test_arguments_of_the_wrong_shape():
     fn, params, _ = two_layers()
     with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
         prune(fn, params, data(4, 5), ratio=0.5)
+
+
+def test_a_ratio_of_flops_is_met_to_one_percent():
+    fn, _, args = two_layers()
+    params = weights(a=(3, 100), b=(100, 200), c=(200, 2))
+    pruned = prune(fn, params, *args, ratio=0.5, of="flops").params
+
+    def flops(p):  # of the three products
+        return sum(p[n].size for n in "abc")
+
+    assert flops(pruned) / flops(params) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_latency_is_met(rounds):
+    fn, _, args = two_layers()
+    params = jax.tree.map(np.asarray, weights(a=(3, 100), b=(100, 200), c=(200, 2)))  # cut without compiling
+    asked = []
+
+    def milliseconds(candidate):  # of a machine whose time is overhead and work
+        asked.append(1)
+        return 2.0 + 1e-4 * sum(x.size for x in jax.tree.leaves(candidate.params))
+
+    whole = milliseconds(prune(fn, params, *args, ratio=0.0))
+    options = {"target_latency": 0.75 * whole, "measure": milliseconds, "rounds": rounds}
+    pruned = prune(fn, params, *args, **options)
+    assert milliseconds(pruned) == pytest.approx(0.75 * whole, rel=0.01)
+    assert len(asked) < 20 * rounds
+    # nothing is cut where the network is fast enough
+    assert prune(fn, params, *args, **{**options, "target_latency": 2 * whole}).params["a"].shape == (3, 100)
+    with pytest.raises(ValueError, match=r"target_latency=1 cannot be reached: .* takes 2\.\d+, the whole one 4\.\d+"):
+        prune(fn, params, *args, **{**options, "target_latency": 1.0})
+
+
+def test_rounds_score_anew_and_reach_the_same_size():
+    fn, params, args = two_layers()
+    seen = []
+
+    def importance(p):
+        seen.append(p)
+        return jax.tree.map(jnp.square, p)
+
+    def reverse_what_is_left(pruned):  # what was large becomes small
+        return {n: 1 / p for n, p in pruned.params.items()}
+
+    options = {"ratio": 0.6, "scope": "local", "importance": importance}
+    pruned = prune(fn, params, *args, rounds=2, between=reverse_what_is_left, **options)
+    assert jax.tree.map(jnp.shape, pruned.params) == {"a": (3, 4), "b": (4, 8), "c": (8, 2)}
+    dense, once = seen
+    np.testing.assert_array_equal(dense["a"], params["a"])
+    lost = np.asarray((once["a"] == 0).all(0))
+    assert once["a"].shape == (3, 10)
+    assert lost.sum() == round(10 * (1 - 0.4**0.5))  # each round keeps the same fraction
+    np.testing.assert_allclose(once["a"][:, ~lost], 1 / params["a"][:, ~lost], rtol=1e-6)
+    kept = pruned.plan["leaves"][0]["keep"][0]["positions"]
+    assert not set(kept) & set(np.flatnonzero(lost))
+    np.testing.assert_allclose(pruned.params["a"], once["a"][:, np.array(kept)], rtol=1e-6)
+    everything = prune(fn, params, *args, **options).plan
+    assert everything["leaves"][0]["keep"][0]["positions"] != kept
+    check(fn, params, *args, ratio=0.6, rounds=3)
+
+
+@pytest.mark.slow
+def test_rounds_of_rows_and_blocks():
+    fn, params, args = ARCHITECTURES["vit_linen"]()
+    check(fn, params, *args, ratio=0.6, rounds=3, scope="local", kinds=("width", "block"))
