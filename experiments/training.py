@@ -45,6 +45,7 @@ class Plan:
       evaluate_every: between evaluations.
       checkpoint_every: between checkpoints; one is written at every evaluation and at the end too.
       host_data: feed batches from the host, for data that does not fit on the device.
+      evaluate_early: evaluate also after 1, 2, 4 ... calls until the first regular evaluation: most happens early.
     """
 
     steps: int
@@ -53,6 +54,13 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     host_data: bool = False
+    evaluate_early: bool = False
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after that step."""
+        calls = step // self.steps_per_call
+        early = self.evaluate_early and step < self.evaluate_every and calls & (calls - 1) == 0
+        return early or step % self.evaluate_every == 0 or step == self.steps
 
     def check(self, examples: int, devices: int) -> None:
         """Raises ValueError for numbers that do not fit together."""
@@ -115,7 +123,7 @@ def fit(
       plan: how long and how often.
       seed: of the order of the data and of the keys given to `step_fn`.
       mesh: devices, along one axis `data`.
-      evaluate: (state, step, log) -> metrics, called every `plan.evaluate_every` steps and at the end.
+      evaluate: (state, step, log) -> metrics, called after every step that `plan.evaluates`.
       best_metric: name of the metric of `evaluate` whose largest value marks the best checkpoint.
 
     Returns:
@@ -180,7 +188,7 @@ def fit(
             fetch()
             late = (step, metrics)
             step += count
-            evaluating = step % plan.evaluate_every == 0 or step == plan.steps
+            evaluating = plan.evaluates(step)
             saving = evaluating or step % plan.checkpoint_every == 0 or _anywhere(bool(stop), after=state)
             if saving:
                 fetch()

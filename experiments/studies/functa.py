@@ -82,6 +82,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         evaluate_every=config.evaluate_every,
         checkpoint_every=config.checkpoint_every,
         host_data=config.host_data,
+        evaluate_early=True,
     )
     state, times = training.fit(
         run,
@@ -166,7 +167,8 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     )
     snapshots = logs.read_images(images, "reconstructions")
     steps = sorted(snapshots)
-    chosen = sorted({steps[round(i)] for i in np.geomspace(1, len(steps), num=min(6, len(steps))) - 1})
+    evenly = np.geomspace(steps[0], steps[-1], num=6)
+    chosen = sorted({min(steps, key=lambda s: abs(np.log(s / at))) for at in evenly})
     originals = {"original": logs.read_images(images, "held_out_originals")[step]}
     plots.image_rows(
         {f"step {s}": snapshots[s] for s in chosen} | originals,

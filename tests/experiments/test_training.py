@@ -376,6 +376,14 @@ def test_a_plan_that_does_not_fit_is_refused(changes, message):
         dataclasses.replace(PLAN, **changes).check(examples=100, devices=4)
 
 
+def test_early_evaluations_double_until_the_regular_ones():
+    regular = dataclasses.replace(PLAN, steps=103, evaluate_every=50)
+    early = dataclasses.replace(regular, evaluate_early=True)
+    steps = [*range(5, 103, 5), 103]
+    assert [step for step in steps if regular.evaluates(step)] == [50, 100, 103]
+    assert [step for step in steps if early.evaluates(step)] == [5, 10, 20, 40, 50, 100, 103]
+
+
 def test_what_cannot_work_is_refused_before_any_step(tmp_path):
     with pytest.raises(ValueError, match="best_metric='negative_error' needs evaluate"):
         train(Config(), run_in(tmp_path), evaluate=None)
