@@ -23,6 +23,7 @@ not uniform (masks, position tables, captured arrays) keep their original values
 """
 
 from prune_jax.graph.errors import UnknownPrimitiveError
+from prune_jax.graph.exported import load_exported, save_exported
 from prune_jax.graph.groups import Group, Groups, Member, dependency_groups
 from prune_jax.graph.importance import squared_magnitude, unit_scores
 from prune_jax.graph.plan import apply_plan
@@ -39,8 +40,10 @@ __all__ = [
     "apply_plan",
     "dependency_groups",
     "group_regulariser",
+    "load_exported",
     "prune",
     "recover",
+    "save_exported",
     "smaller_function",
     "squared_magnitude",
     "unit_scores",
