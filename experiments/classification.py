@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.training import Batch, PyTree, StepFunction, replicate
 
+PadMode = Literal["constant", "reflect"]
 Prepare = Callable[[Array], Array]
 
 
@@ -123,17 +124,27 @@ def train_step(
     return step
 
 
-def crop_and_flip(key: Array, images: Array, *, pad: int = 4) -> Array:
-    """Shifts each image by up to `pad` pixels, black moving in, and mirrors half of them: (B, H, W, C), any dtype."""
+def crop_and_flip(key: Array, images: Array, *, pad: int = 4, flip: bool = True, mode: PadMode = "constant") -> Array:
+    """Shifts each image by up to `pad` pixels and mirrors half of them: (B, H, W, C), any dtype.
+
+    Args:
+      key: typed PRNG key.
+      images: (B, H, W, C).
+      pad: largest shift, pixels.
+      flip: whether to mirror.
+      mode: what moves in: black ("constant") or the mirrored image ("reflect").
+    """
     batch, height, width, channels = images.shape
     keys = jax.random.split(key, 3)
     tops, lefts = (jax.random.randint(k, (batch,), 0, 2 * pad + 1) for k in keys[:2])
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode)
 
     def crop(image: Array, top: Array, left: Array) -> Array:
         return jax.lax.dynamic_slice(image, (top, left, 0), (height, width, channels))
 
     cropped = jax.vmap(crop)(padded, tops, lefts)
+    if not flip:
+        return cropped
     mirrored = jax.random.bernoulli(keys[2], shape=(batch, 1, 1, 1))
     return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 

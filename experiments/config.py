@@ -12,7 +12,11 @@ import tyro
 
 from experiments.data import check_choice
 
-STUDIES = {"functa": "experiments.studies.functa", "siren": "experiments.studies.siren"}
+STUDIES = {
+    "functa": "experiments.studies.functa",
+    "functaset": "experiments.studies.functaset",
+    "siren": "experiments.studies.siren",
+}
 
 ConfigT = TypeVar("ConfigT")
 

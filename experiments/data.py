@@ -58,6 +58,10 @@ SOURCES = {
     ),
     "digits": Source("Handwritten digits, 8x8x1, 1,437 + 360; ships with scikit-learn", "CC BY 4.0"),
 }
+_CLASS_NAMES = {
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
+}
 SPLITS = ("train", "validation", "test", "train+validation")
 
 # Fixes for good which images are held out: runs with different training seeds share one validation and one test split.
@@ -151,6 +155,11 @@ def photograph(name: str) -> np.ndarray:
 def photographs() -> dict[str, np.ndarray]:
     """Loads all photographs of `PHOTOGRAPHS`, by name."""
     return {name: photograph(name) for name in PHOTOGRAPHS}
+
+
+def class_name(name: str, label: int) -> str:
+    """What a label of a data set means: a word where the classes have names that fit, else the number."""
+    return _CLASS_NAMES[name][label] if name in _CLASS_NAMES else str(label)
 
 
 def resolve_data_dir(data_dir: Path | None = None) -> Path:

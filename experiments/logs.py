@@ -116,18 +116,20 @@ def decode_png(text: str) -> np.ndarray:
 
 
 class Progress:
-    """A progress bar with steps/s, ETA and the current metrics; plain lines now and then where there is no terminal.
+    """A progress bar with speed, ETA and the current metrics; plain lines now and then where there is no terminal.
 
     Args:
       console: where to draw.
       total: number of steps of the whole training.
       start: the step it goes on from.
       description: in front of the bar.
+      unit: what is counted.
     """
 
     _SECONDS_BETWEEN_LINES = 20.0
 
-    def __init__(self, console: rich.console.Console, total: int, start: int, description: str):
+    def __init__(self, console: rich.console.Console, total: int, start: int, description: str, *, unit: str = "steps"):
+        self._unit = unit
         self._console, self._total, self._start, self._description = console, total, start, description
         self._begun = self._said = time.monotonic()
         self._first = start  # steps made before the clock was started
@@ -159,7 +161,7 @@ class Progress:
         rate = (step - self._first) / max(now - self._begun, 1e-9)
         left = (self._total - step) / rate if rate > 0 else math.inf
         numbers = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        text = f"{rate:.3g} steps/s  {_duration(left)} left  {numbers}"
+        text = f"{rate:.3g} {self._unit}/s  {_duration(left)} left  {numbers}"
         self._bar.update(self._task, completed=step, text=text)
         if not self._console.is_terminal and now - self._said > self._SECONDS_BETWEEN_LINES:
             self._said = now

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps, patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -107,6 +108,79 @@ def curves(
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel(x_label, color=_INK)
     axis.set_ylabel(y_label, color=_INK)
+    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    save(figure, path)
+
+
+def histogram(
+    edges: Sequence[float],
+    shares: Mapping[str, Sequence[float]],
+    path: Path,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    means: Mapping[str, float],
+) -> None:
+    """Draws histograms over the same bins as outlines, each named in the legend with its mean.
+
+    Args:
+      edges: of the bins, one more than there are bins.
+      shares: name -> heights.
+      path: PNG to write.
+      title: above.
+      x_label: with unit.
+      y_label: of the heights.
+      means: name -> mean of the values.
+    """
+    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(shares))]
+    for colour, (name, heights) in zip(colours, shares.items(), strict=True):
+        axis.stairs(heights, edges, color=colour, linewidth=1.4, label=f"{name}: mean {means[name]:.2f}")
+    axis.legend(fontsize=8, frameon=False)
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", color=_GRID, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(x_label, color=_INK)
+    axis.set_ylabel(y_label, color=_INK)
+    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    save(figure, path)
+
+
+def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], path: Path, *, title: str) -> None:
+    """Draws labelled points in the plane; each class in its colour, its name at its mean.
+
+    Args:
+      points: (N, 2).
+      labels: (N,), indices into `names`.
+      names: of the classes.
+      path: PNG to write.
+      title: above.
+    """
+    figure = Figure(figsize=(6.4, 5.2), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    for label, name in enumerate(names):
+        chosen = points[labels == label]
+        if not len(chosen):
+            continue
+        colour = palette(label % palette.N)
+        axis.scatter(chosen[:, 0], chosen[:, 1], s=7, color=colour, linewidths=0, alpha=0.6)
+        axis.annotate(
+            name,
+            chosen.mean(axis=0),
+            ha="center",
+            va="center",
+            fontsize=10,
+            weight="bold",
+            color=colour,
+            path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+        )
+    axis.set_aspect("equal")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_color(_GRID)
     axis.set_title(title, fontsize=10, color=_INK, loc="left")
     save(figure, path)
 

@@ -2,6 +2,7 @@
 
 from functa_jax.coords import coordinate_grid, subsample
 from functa_jax.derivatives import Derivatives, derivatives
+from functa_jax.functaset import Functaset, FunctasetError, fit_images, make_functaset
 from functa_jax.inner_loop import curvature, fit_latents
 from functa_jax.meta import MetaParams, MetaState, init_meta, meta_loss, meta_step
 from functa_jax.metrics import psnr, psnr_from_mse
@@ -13,6 +14,8 @@ from functa_jax.spatial import SpatialModulatedSiren
 
 __all__ = [
     "Derivatives",
+    "Functaset",
+    "FunctasetError",
     "MetaParams",
     "MetaState",
     "ModulatedSiren",
@@ -21,8 +24,10 @@ __all__ = [
     "coordinate_grid",
     "curvature",
     "derivatives",
+    "fit_images",
     "fit_latents",
     "init_meta",
+    "make_functaset",
     "meta_loss",
     "meta_step",
     "psnr",

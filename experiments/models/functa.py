@@ -1,16 +1,13 @@
 """A Functa as the studies use it: a modulated SIREN, the grid of its images, and the inner loop it was trained with."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 import functa_jax as fj
 from experiments.training import replicate
@@ -75,12 +72,19 @@ class Functa:
 
     def fit(self, params: fj.MetaParams, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Latents (N, ...) and mean squared errors (N,) of uint8 images (N, H, W, C), over all devices."""
-        block = _BLOCK * self.mesh.size
-        missing = -len(images) % block
-        padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
-        blocks = replicate(padded.reshape(-1, block, *images.shape[1:]), self.mesh)
-        latents, errors = jax.device_get(self._fit_blocks(params, blocks))
-        return latents.reshape(len(padded), *latents.shape[2:])[: len(images)], errors.reshape(-1)[: len(images)]
+        latents, errors = fj.fit_images(
+            self.model.apply,
+            params.model,
+            self.coords,
+            replicate(images, self.mesh),
+            self.latent_init,
+            steps=self.inner_steps,
+            learning_rate=params.rates,
+            rates_per_step=self.rates_per_step,
+            block=_BLOCK,
+            mesh=self.mesh,
+        )
+        return jax.device_get((latents, errors))
 
     def render(self, params: fj.MetaParams, latents: np.ndarray, scale: int = 1) -> np.ndarray:
         """uint8 images (N, scale H, scale W, C)."""
@@ -89,29 +93,18 @@ class Functa:
         images = fj.render(self.model.apply, local, latents, (scale * height, scale * width))
         return np.asarray(jnp.rint(jnp.clip(images, 0, 1) * 255), dtype=np.uint8)
 
-    @cached_property
-    def _fit_blocks(self) -> Callable[[fj.MetaParams, Array], tuple[Array, Array]]:
-        def one(params: fj.MetaParams, images: Array) -> tuple[Array, Array]:
-            latents, losses = fj.fit_latents(
-                self.model.apply,
-                params.model,
-                self.coords,
-                to_unit(images).reshape(len(images), -1, images.shape[-1]),
-                self.latent_init,
-                steps=self.inner_steps,
-                learning_rate=params.rates,
-                rates_per_step=self.rates_per_step,
-                batched=True,
-            )
-            return latents, losses[:, -1]
+    def with_steps(self, params: fj.MetaParams, steps: int) -> tuple["Functa", fj.MetaParams]:
+        """The same network with another number of inner steps; steps beyond the trained ones take the last one's rates.
 
-        @jax.jit
-        def all_blocks(params: fj.MetaParams, blocks: Array) -> tuple[Array, Array]:
-            shared = jax.lax.with_sharding_constraint(blocks, NamedSharding(self.mesh, P(None, "data")))
-            found = jax.lax.map(lambda images: one(params, images), shared)
-            return jax.lax.with_sharding_constraint(found, NamedSharding(self.mesh, P()))
-
-        return all_blocks
+        Raises:
+          ValueError: no steps.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if self.rates_per_step:
+            chosen = np.minimum(np.arange(steps), self.inner_steps - 1)
+            params = params._replace(rates=jax.tree.map(lambda r: r[chosen], params.rates))
+        return replace(self, inner_steps=steps), params
 
 
 def to_unit(images: Array) -> Array:
