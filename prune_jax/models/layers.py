@@ -1,0 +1,172 @@
+"""What ViT and Swin share: attention with free widths, the MLP, and per-layer settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array, lax
+
+Gelu = Literal["exact", "tanh"]
+
+# Truncated normal of deviation 0.02, the initialisation of ViT's, DeiT's and Swin's published training code.
+initialise = nn.initializers.truncated_normal(0.02)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose head counts and head dims are free: softmax(scale q k^T) v, projected.
+
+    One matmul makes queries, keys and values. Its columns are sorted by head, and inside a head into query, key, value,
+    so that heads stay whole when they are sharded or cut. The steps are methods of their own, so that a caller can
+    look at the probabilities or change them in between::
+
+        q, k, v = attention.project(x)
+        p = attention.probabilities(q, k)
+        y = attention.combine(p, v)  # the same as attention(x)
+
+    Attributes:
+      width: channels in and out.
+      heads: number of heads.
+      qk_dim: query and key channels of each head.
+      v_dim: value channels of each head.
+      scale: factor on q k^T. Explicit, because a head whose dims are pruned keeps the scale it was trained with.
+      compute_dtype: dtype of the matmuls; None keeps float32. The softmax is always in float32.
+    """
+
+    width: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    scale: float
+    compute_dtype: Any = None
+
+    def setup(self) -> None:
+        """Declares the two projections."""
+        self.qkv = dense(self.heads * (2 * self.qk_dim + self.v_dim), self.compute_dtype)
+        self.proj = dense(self.width, self.compute_dtype)
+
+    def __call__(self, x: Array, *, bias: Array | None = None, weights: Array | None = None) -> Array:
+        """Tokens (B, N, D) -> (B, N, D); `bias` and `weights` as `probabilities` takes them."""
+        q, k, v = self.project(x)
+        return self.combine(self.probabilities(q, k, bias=bias, weights=weights), v)
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Tokens (B, N, D) -> queries and keys (B, heads, N, qk_dim), values (B, heads, N, v_dim)."""
+        qkv = rearrange(self.qkv(x), "b n (h d) -> b h n d", h=self.heads)
+        q, k, v = jnp.split(qkv, (self.qk_dim, 2 * self.qk_dim), axis=-1)
+        return q, k, v
+
+    def probabilities(self, q: Array, k: Array, *, bias: Array | None = None, weights: Array | None = None) -> Array:
+        """Attention probabilities, float32.
+
+        Args:
+          q: queries (B, heads, N, qk_dim).
+          k: keys (B, heads, M, qk_dim).
+          bias: (W, heads, N, M), added to the logits; W divides B, entry i goes to sequences i, i + W, i + 2 W, ...
+          weights: non-negative factors on the exponentials, before they are normalised; any shape that broadcasts to
+            (B, heads, N, M) by axes of size one. Zero removes a key (DynamicViT's policy), the number of patches a
+            token stands for is ToMe's proportional attention. Each query needs one positive weight.
+
+        Returns:
+          (B, heads, N, M); rows sum to 1.
+        """
+        logits = jnp.einsum("bhnd,bhmd->bhnm", q * self.scale, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = (logits.reshape(-1, *bias.shape) + bias[None]).reshape(logits.shape)
+        if weights is None:
+            return jax.nn.softmax(logits, axis=-1)
+        # The largest kept logit is the reference, so that a removed key cannot push the kept ones to zero; the cap
+        # keeps the removed key's own exponential finite, which its gradient is made of.
+        kept = jnp.where(weights > 0, logits, -jnp.inf)
+        top = lax.stop_gradient(kept.max(axis=-1, keepdims=True))
+        exponentials = weights * jnp.exp(jnp.minimum(logits - top, 30.0))
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+    def combine(self, probabilities: Array, v: Array) -> Array:
+        """Probabilities (B, heads, N, M) and values (B, heads, M, v_dim) -> (B, N, D).
+
+        A head is switched off by multiplying its probabilities by zero.
+        """
+        mixed = probabilities.astype(v.dtype) @ v
+        return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with a GELU between; dropout after each.
+
+    Attributes:
+      width: channels in and out.
+      hidden: channels between.
+      gelu: "exact" (by the error function; timm, DeiT, Swin) or "tanh" (Google's ViT).
+      dropout: rate, in training.
+      compute_dtype: dtype of the matmuls; None keeps float32.
+    """
+
+    width: int
+    hidden: int
+    gelu: Gelu = "exact"
+    dropout: float = 0.0
+    compute_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """(..., D) -> (..., D)."""
+        x = dense(self.hidden, self.compute_dtype, name="fc1")(x)
+        x = jax.nn.gelu(x, approximate=self.gelu == "tanh")
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = dense(self.width, self.compute_dtype, name="fc2")(x)
+        return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+
+def dense(features: int, compute_dtype: Any, *, use_bias: bool = True, name: str | None = None) -> nn.Dense:
+    """A linear layer with the initialisation of the published models."""
+    return nn.Dense(features, use_bias=use_bias, dtype=compute_dtype, kernel_init=initialise, name=name)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth: the rate of each block, from 0 in the first linearly to `rate` in the last."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def each_layer(name: str, value: Any, depth: int) -> tuple:
+    """A setting as one value a layer.
+
+    Raises:
+      ValueError: a sequence of another length.
+    """
+    if not isinstance(value, Sequence):
+        return (value,) * depth
+    if len(value) != depth:
+        raise ValueError(f"{name} must be one value or one for each of {depth} layers, got {len(value)}: {value!r}")
+    return tuple(value)
+
+
+def fill_widths(
+    width: int, scale: float | None, heads: int, qk_dim: int | None, v_dim: int | None, mlp_hidden: int | None
+) -> dict[str, Any]:
+    """The widths of one block, with the published defaults where they are None.
+
+    Raises:
+      ValueError: a head dim is not given and the heads do not divide the width.
+    """
+    if width % heads and None in (qk_dim, v_dim):
+        raise ValueError(f"heads must divide the width, got {heads} heads and width {width}; or give qk_dim and v_dim")
+    qk_dim = width // heads if qk_dim is None else qk_dim
+    return {
+        "width": width,
+        "heads": heads,
+        "qk_dim": qk_dim,
+        "v_dim": width // heads if v_dim is None else v_dim,
+        "mlp_hidden": 4 * width if mlp_hidden is None else mlp_hidden,
+        "scale": qk_dim**-0.5 if scale is None else scale,
+    }
+
+
+def check_gelu(gelu: str) -> None:
+    """Raises ValueError unless `gelu` is one of the two forms."""
+    if gelu not in ("exact", "tanh"):
+        raise ValueError(f"gelu must be 'exact' or 'tanh', got {gelu!r}")

@@ -1,0 +1,166 @@
+"""ViT: its parts put together by hand are the model, attention weights mean what they say, widths are free."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prune_jax.models import ViT, vit
+
+MODEL = ViT(num_classes=3, image_size=(8, 12), patch=4, width=12, depth=2, heads=3)
+IMAGES = np.random.default_rng(1).standard_normal((2, 8, 12, 3)).astype(np.float32)
+
+
+def start(model):
+    """Random variables, made without compiling anything."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    return jax.tree.map(lambda x: 0.4 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+def run(model, variables, *args, method="__call__", **options):
+    return jax.jit(lambda v, *a: model.apply(v, *a, method=method, **options))(variables, *args)
+
+
+VARIABLES = start(MODEL)
+
+
+def test_parts_by_hand_are_the_model():
+    def forward(model, images):
+        x = model.embed(images)
+        for block in model.blocks:
+            q, k, v = block.attention.project(block.norm1(x))
+            x = block.add(x, block.attention.combine(block.attention.probabilities(q, k), v))
+            x = block.feed_forward(x)
+        return model.head(x)
+
+    np.testing.assert_allclose(run(MODEL, VARIABLES, IMAGES, method=forward), run(MODEL, VARIABLES, IMAGES), atol=1e-6)
+
+
+def test_a_module_may_hold_a_vit_and_run_its_blocks():
+    class Half(nn.Module):
+        backbone: ViT
+
+        def __call__(self, images):
+            return first_block(self.backbone, images)
+
+    def first_block(model, images):
+        return model.head(model.blocks[0](model.embed(images)))
+
+    y = run(Half(MODEL), {"params": {"backbone": VARIABLES["params"]}}, IMAGES)
+    np.testing.assert_allclose(y, run(MODEL, VARIABLES, IMAGES, method=first_block), atol=1e-6)
+
+
+def test_weight_zero_removes_a_token_and_weight_two_doubles_it():
+    x = np.random.default_rng(3).standard_normal((2, 5, 12)).astype(np.float32)
+    weights = np.array([1, 0, 1, 1, 2], np.float32)[None, None, None]
+    kept = np.array([0, 2, 3, 4, 4])
+
+    def attend(model, x, weights=None):
+        return model.blocks[0].attention(x, weights=weights)
+
+    weighted = run(MODEL, VARIABLES, x, weights, method=attend)
+    np.testing.assert_allclose(weighted[:, kept], run(MODEL, VARIABLES, x[:, kept], method=attend), atol=1e-6)
+
+
+def test_a_removed_token_with_a_huge_logit_leaves_no_nan():
+    q = jnp.ones((1, 3, 2, 4))
+    k = jnp.stack([jnp.zeros((1, 3, 4)), jnp.full((1, 3, 4), 1e3)], axis=2)
+
+    def first_key(w, k):
+        weights = jnp.stack([1.0, w])[None, None, None]
+        return MODEL.apply(
+            VARIABLES, method=lambda m: m.blocks[0].attention.probabilities(q, k, weights=weights)[..., 0].sum()
+        )
+
+    value, gradients = jax.jit(jax.value_and_grad(first_key, (0, 1)))(0.0, k)
+    assert value == 6
+    assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_every_width_is_free():
+    model = MODEL.clone(heads=(2, 4), qk_dim=(3, 5), v_dim=(7, 2), mlp_hidden=(9, 11), scale=0.5)
+    params = start(model)["params"]
+    assert params["blocks_0"]["attention"]["qkv"]["kernel"].shape == (12, 2 * (3 + 3 + 7))
+    assert params["blocks_1"]["attention"]["proj"]["kernel"].shape == (4 * 2, 12)
+    assert params["blocks_1"]["mlp"]["fc2"]["kernel"].shape == (11, 12)
+    assert jax.eval_shape(model.apply, {"params": params}, IMAGES).shape == (2, 3)
+    assert vit("S", num_classes=2).block_widths[3] == {
+        "width": 384, "heads": 6, "qk_dim": 64, "v_dim": 64, "mlp_hidden": 1536, "scale": 0.125,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({}, 7),
+        ({"distilled": True}, 8),
+        ({"registers": 3}, 10),
+        ({"pool": "mean"}, 6),
+        ({"pool": "mean", "registers": 2}, 8),
+    ],
+)
+def test_tokens(settings, tokens):
+    model = MODEL.clone(**settings)
+    variables = start(model)
+    assert model.prefix == tokens - 6
+    x, other = (run(model, variables, images, method="embed") for images in (IMAGES, 1 - IMAGES))
+    assert x.shape == (2, tokens, 12)
+    # prefix tokens do not depend on the image, patches do
+    changed = np.abs(np.asarray(x) - other).max((0, 2)) > 0
+    np.testing.assert_array_equal(changed, np.arange(tokens) >= model.prefix)
+    assert jax.eval_shape(model.apply, variables, IMAGES).shape == (2, 3)
+
+
+def test_both_heads_of_a_distilled_model():
+    model = MODEL.clone(distilled=True)
+    variables = start(model)
+    a, b = run(model, variables, IMAGES, method=lambda m, x: m.heads_apart(m.encode(x)))
+    assert not np.allclose(a, b)
+    np.testing.assert_allclose(run(model, variables, IMAGES), (a + b) / 2, atol=1e-6)
+
+
+def test_randomness_only_in_training():
+    model = MODEL.clone(dropout=0.2, drop_path=0.5)
+    training = jax.jit(lambda key: model.apply(VARIABLES, IMAGES, train=True, rngs={"dropout": key}))
+    assert not np.allclose(training(jax.random.key(0)), training(jax.random.key(1)))
+    np.testing.assert_array_equal(run(model, VARIABLES, IMAGES), run(MODEL, VARIABLES, IMAGES))
+
+
+def test_stochastic_depth_drops_whole_branches():
+    def branches(model, x):
+        return [block(x, train=True) for block in model.blocks]
+
+    x = np.ones((4, 3, 12), np.float32)
+    first, last = run(MODEL.clone(drop_path=1.0), VARIABLES, x, method=branches, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(last, x)  # rate 1 in the last block, 0 in the first
+    assert not np.allclose(first, x)
+
+
+def test_half_precision_compute():
+    y = run(MODEL.clone(compute_dtype=jnp.bfloat16), VARIABLES, IMAGES)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, run(MODEL, VARIABLES, IMAGES), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patch": 5}, "patch must divide"),
+        ({"heads": 5}, "heads must divide"),
+        ({"mlp_hidden": (1, 2, 3)}, "mlp_hidden must be one value or one for each of 2"),
+        ({"pool": "max"}, "pool must be"),
+        ({"gelu": "fast"}, "gelu must be"),
+        ({"pool": "mean", "distilled": True}, "distilled needs"),
+        ({"image_size": 16}, r"images must be \(batch, 16, 16, channels\)"),
+    ],
+)
+def test_what_does_not_go_is_said(settings, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(MODEL.clone(**settings).init, jax.random.key(0), IMAGES)
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="size must be one of Ti, S, B, L"):
+        vit("XL", num_classes=2)
