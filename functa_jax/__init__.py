@@ -9,6 +9,7 @@ from functa_jax.metrics import psnr, psnr_from_mse
 from functa_jax.modulation import ModulatedSiren
 from functa_jax.relative_adam import relative_adam
 from functa_jax.rendering import render
+from functa_jax.restoration import continued_rates, denoise, inpaint, pixel_average, super_resolve
 from functa_jax.siren import Siren, sine
 from functa_jax.spatial import SpatialModulatedSiren
 
@@ -21,19 +22,24 @@ __all__ = [
     "ModulatedSiren",
     "Siren",
     "SpatialModulatedSiren",
+    "continued_rates",
     "coordinate_grid",
     "curvature",
+    "denoise",
     "derivatives",
     "fit_images",
     "fit_latents",
     "init_meta",
+    "inpaint",
     "make_functaset",
     "meta_loss",
     "meta_step",
+    "pixel_average",
     "psnr",
     "psnr_from_mse",
     "relative_adam",
     "render",
     "sine",
     "subsample",
+    "super_resolve",
 ]
