@@ -15,6 +15,7 @@ from experiments.data import check_choice
 STUDIES = {
     "functa": "experiments.studies.functa",
     "functaset": "experiments.studies.functaset",
+    "latent-tasks": "experiments.studies.latent_tasks",
     "siren": "experiments.studies.siren",
 }
 

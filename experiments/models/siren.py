@@ -15,6 +15,7 @@ from jax import Array, lax
 import functa_jax as fj
 from experiments import training
 from experiments.logs import Log, curve, read_lines
+from experiments.pictures import to_bytes
 from experiments.runs import Run
 
 PyTree = Any
@@ -159,8 +160,3 @@ def _render(model: fj.Siren, params: PyTree, coords: Array) -> Array:
         return found.reshape(-1, model.out_features)[: len(points)].reshape(*shape, model.out_features)
 
     return _for_each(one)(params)
-
-
-def to_bytes(images: np.ndarray) -> np.ndarray:
-    """Images on [0, 1] as uint8, clipped."""
-    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from PIL import Image
 
 import functa_jax as fj
 from experiments import data, logs, plots
 from experiments.config import Preset
 from experiments.models.siren import Recipe, fit
+from experiments.pictures import resize
 from experiments.published import published, table
 from experiments.runs import Run
 from experiments.studies import siren_photograph
@@ -97,8 +96,8 @@ PRESETS = {
     "steps": Preset(
         Config(images=8, marks=(100, 200, 400, 800, 2_000)),
         "CIFAR-10 images at 32x32 by number of steps, as report B's Table 1: Adam 1e-4, all pixels",
-        "4 min on one CPU core",
-        "over 50 dB after 100 steps (report B: 15.68), over 100 dB after 2000 (report B: 55.47)",
+        "5 min on one CPU core",
+        "52 dB after 100 steps (report B: 15.68), 114 dB after 800 (report B: 37.99), as exact as float32 after 2000",
     ),
     "sizes": Preset(
         Config(images=2, sizes=(32, 64, 96, 128), marks=(800, 2_000), points=4_096),
@@ -264,15 +263,6 @@ def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> Non
         x_label="steps",
         y_label="PSNR, mean of per-image, dB",
     )
-
-
-def resize(images: np.ndarray, height: int) -> np.ndarray:
-    """uint8 images (N, H, W, C) at another height, the ratio of the sides kept; bicubic, averaging when it shrinks."""
-    if images.shape[1] == height:
-        return images
-    width = max(1, round(images.shape[2] * height / images.shape[1]))
-    resized = [Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC) for image in images]
-    return np.stack([np.atleast_3d(np.asarray(image)) for image in resized])
 
 
 def _parts(config: Config, directory: Path) -> Iterator[tuple[int, tuple[int, int], Path]]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import functa_jax as fj
-from experiments import logs, plots
-from experiments.models.siren import Fitted, to_bytes
+from experiments import classical, logs, plots
+from experiments.models.siren import Fitted
+from experiments.pictures import to_bytes
 
 FIGURES = ["derivatives.png", "zoom.png", "extension.png"]
 
@@ -49,7 +50,10 @@ def measure(fitted: Fitted, original: np.ndarray, image: np.ndarray, log: logs.L
     log.images(0, "network", to_bytes(fitted.render((height, width))[:1]))
 
     truth = original.astype(np.float32) / 255
-    for name, enlarge in (("siren", lambda shape: fitted.render(shape)[0]), ("bicubic", lambda s: _bicubic(unit, s))):
+    for name, enlarge in (
+        ("siren", lambda shape: fitted.render(shape)[0]),
+        ("bicubic", lambda s: classical.bicubic(unit[None], s)[0]),
+    ):
         enlarged = np.clip(enlarge(truth.shape[:2]), 0, 1)
         metrics[f"{name}_enlarged_psnr"] = float(fj.psnr(jnp.asarray(enlarged), jnp.asarray(truth)))
         log.images(0, f"{name}_enlarged", to_bytes(enlarge((_ZOOM * height, _ZOOM * width)))[None])
@@ -67,10 +71,6 @@ def _differences(grey: np.ndarray) -> dict[str, np.ndarray]:
         "gradient": np.linalg.norm(np.stack(np.gradient(grey, *steps)), axis=0),
         "laplacian": second[0][:, 1:-1] + second[1][1:-1, :],
     }
-
-
-def _bicubic(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return np.asarray(jax.image.resize(image, (*shape, image.shape[-1]), "cubic"))
 
 
 def draw(directory: Path, result: dict[str, Any]) -> None:

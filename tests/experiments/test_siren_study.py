@@ -134,15 +134,6 @@ def test_rendering_in_chunks_is_the_network(monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_allclose(found[i], alone, atol=1e-6)
 
 
-def test_resize_keeps_the_ratio_and_the_colours() -> None:
-    image = np.broadcast_to(np.array([10, 100, 250], np.uint8), (1, 30, 40, 3))
-    assert siren.resize(image, 30) is image
-    smaller = siren.resize(image, 15)
-    assert smaller.shape == (1, 15, 20, 3)
-    np.testing.assert_array_equal(smaller, np.broadcast_to(image[:, :1, :1], smaller.shape))
-    assert siren.resize(image[..., :1], 60).shape == (1, 60, 80, 1)
-
-
 def test_differences_of_a_quadratic_are_its_derivatives() -> None:
     grid = np.asarray(fj.coordinate_grid((16, 24)), np.float64)
     y, x = grid[..., 0], grid[..., 1]
