@@ -292,7 +292,7 @@ def _comparisons(config: Config, metrics: dict[str, Any]) -> list[dict[str, Any]
             "published": published("B", number, row=row, column=column),
             "published_setting": f"{size}x{size}, {mark} steps",
             "higher_is_better": True,
-            "note": f"Ours is the mean over the first {config.images} of the test images, on [0, 1], Adam {config.learning_rate:g}"
+            "note": f"Ours: mean of the first {config.images} test images, on [0, 1], Adam {config.learning_rate:g}"
             + (f", {config.points} random pixels a step" if config.points and size**2 > config.points else "")
             + "; the report names neither its images nor their number.",
         }
