@@ -68,10 +68,11 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, 
     if x.shape[1:3] == (height, width):  # the kernel covers the whole image
         return (x.reshape(len(x), -1) @ kernel.reshape(-1, features))[:, None, None]
     columns = (x.shape[2] - width) // strides[1] + 1
-    tile = _tile(columns, channels)
+    tile = _tile(columns, channels, features)
     if tile == 1:
-        patches = _shifted(_shifted(x, 2, width, strides[1]), 1, height, strides[0])  # the longer pieces come last
-        return patches @ kernel.reshape(-1, features)
+        rows = _shifts(x, 1, height, strides[0])
+        patches = [patch for row in rows for patch in _shifts(row, 2, width, strides[1])]
+        return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, features)
     # One row of the matrix for `tile` neighbouring outputs, which share their patch; each has the kernel at its place.
     span = (tile - 1) * strides[1] + width
     places = [((0, 0), (t * strides[1], span - width - t * strides[1]), (0, 0), (0, 0)) for t in range(tile)]
@@ -79,20 +80,19 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, 
     starts = range(0, columns * strides[1], tile * strides[1])
     flat = x.reshape(*x.shape[:2], -1)
     pieces = jnp.stack([flat[:, :, start * channels : (start + span) * channels] for start in starts], axis=2)
-    y = _shifted(pieces, 1, height, strides[0]) @ banded.reshape(-1, tile * features)
+    y = jnp.concatenate(_shifts(pieces, 1, height, strides[0]), axis=-1) @ banded.reshape(-1, tile * features)
     return y.reshape(*y.shape[:2], columns, features)
 
 
-def _tile(columns: int, channels: int) -> int:
-    """How many neighbouring outputs share a row: with few channels, copying costs more than the wasted products."""
-    return max(t for t in range(1, 6) if columns % t == 0) if channels <= 16 else 1
+def _tile(columns: int, channels: int, features: int) -> int:
+    """How many neighbouring outputs share a row: in thin layers copying costs more than the wasted products."""
+    return max(t for t in range(1, 6) if columns % t == 0) if channels <= 16 and features <= 32 else 1
 
 
-def _shifted(x: Array, axis: int, size: int, stride: int) -> Array:
-    """All `size` shifts of x along an axis, each cut to the window's positions, side by side in the last axis."""
+def _shifts(x: Array, axis: int, size: int, stride: int) -> list[Array]:
+    """All `size` shifts of x along an axis, each cut to the positions of the window."""
     last = x.shape[axis] - size
-    parts = [lax.slice_in_dim(x, shift, last + shift + 1, stride, axis) for shift in range(size)]
-    return parts[0] if size == 1 else jnp.concatenate(parts, axis=-1)
+    return [lax.slice_in_dim(x, shift, last + shift + 1, stride, axis) for shift in range(size)]
 
 
 def max_pool(x: Array, window: int = 2) -> Array:
