@@ -17,6 +17,8 @@ STUDIES = {
     "functaset": "experiments.studies.functaset",
     "latent-tasks": "experiments.studies.latent_tasks",
     "siren": "experiments.studies.siren",
+    "dessilbi-mnist": "experiments.studies.dessilbi_mnist",
+    "dessilbi-cifar10": "experiments.studies.dessilbi_cifar10",
 }
 
 ConfigT = TypeVar("ConfigT")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, patheffects
@@ -183,6 +184,101 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], path: 
     axis.spines[:].set_color(_GRID)
     axis.set_title(title, fontsize=10, color=_INK, loc="left")
     save(figure, path)
+
+
+def panels(
+    series: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    path: Path,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_limits: tuple[float | None, float | None] = (None, None),
+    marks: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
+) -> None:
+    """Draws several plots side by side on the same axes; a name has one colour in all, told by the legend.
+
+    Args:
+      series: panel -> line -> x, y and, where there is one, the spread drawn as a band around y.
+      path: PNG to write.
+      title: above all.
+      x_label: with unit.
+      y_label: with unit.
+      y_limits: bottom and top, None where the data decide.
+      marks: panel -> name -> x and y of single points, such as published numbers; in grey.
+    """
+    figure = Figure(figsize=(1.9 + 3.1 * len(series), 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(series), sharex=True, sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for lines in series.values() for name in lines))
+    handles: dict[str, Any] = {}
+    for axis, (panel, lines) in zip(axes, series.items(), strict=True):
+        for name, (x, y, *spread) in lines.items():
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            style = "-" if names.index(name) < len(_COLOURS) else "--"
+            marker = "o" if len(x) < 30 else None
+            (handles[name],) = axis.plot(
+                x, y, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3
+            )
+            if spread:
+                low, high = np.subtract(y, spread[0]), np.add(y, spread[0])
+                axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        for (name, (x, y)), shape in zip((marks or {}).get(panel, {}).items(), "sD^v", strict=False):
+            (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=_MUTED, markersize=5)
+        axis.set_ylim(*y_limits)
+        axis.grid(axis="y", color=_GRID, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(panel, fontsize=9, color=_INK, loc="left")
+        axis.set_xlabel(x_label, color=_INK)
+    axes[0].set_ylabel(y_label, color=_INK)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10, color=_INK, x=0.01, ha="left")
+    save(figure, path)
+
+
+def pictures(grid: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, title: str, cell: float = 2.0) -> None:
+    """Draws a table of images with names for its rows and columns; images may differ in size, none is interpolated.
+
+    Args:
+      grid: row -> column -> uint8 (H, W, C); a cell may be missing.
+      path: PNG to write.
+      title: above all.
+      cell: width and height of a cell on the page, inches.
+    """
+    columns = list(dict.fromkeys(column for row in grid.values() for column in row))
+    size = (1.1 + cell * len(columns), 0.6 + cell * len(grid))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    for axes, (row, images) in zip(figure.subplots(len(grid), len(columns), squeeze=False), grid.items(), strict=True):
+        for axis, column in zip(axes, columns, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if column in images:
+                image = images[column]
+                axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            if row == next(iter(grid)):
+                axis.set_title(column, fontsize=9, color=_INK)
+        axes[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
+    figure.suptitle(title, fontsize=10, color=_INK)
+    save(figure, path)
+
+
+def mosaic(tiles: np.ndarray, *, gap: int = 1) -> np.ndarray:
+    """Arranges uint8 tiles (N, H, W, C) in a rectangle, about square, on light grey: uint8 (H', W', C)."""
+    count, height, width, channels = tiles.shape
+    across = max(1, round(np.sqrt(count * (height + gap) / (width + gap))))
+    down = -(-count // across)
+    sheet = np.full((down * (height + gap) + gap, across * (width + gap) + gap, channels), 221, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = (i // across) * (height + gap) + gap, (i % across) * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def diverging(values: np.ndarray, largest: float) -> np.ndarray:
+    """Colours: white at 0, red up to `largest`, blue down to minus that; (...) to uint8 (..., 3)."""
+    strength = np.clip(np.abs(values) / max(largest, 1e-30), 0, 1)[..., None]
+    ends = np.where(values[..., None] > 0, (178, 24, 43), (33, 102, 172))
+    return np.rint(255 + strength * (ends - 255)).astype(np.uint8)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -8,6 +8,10 @@ from jax import Array
 
 from experiments.models.conv import Conv, Method, Padding, max_pool
 
+# PyTorch's default, which the reports had. It matters to DessiLBI: each filter starts at norm 1/sqrt(3), below its
+# threshold 1, so that a filter which the loss does not hold never comes alive; He's start at sqrt(2), and all would.
+_PYTORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
 
 class LeNet(nn.Module):
     """Images of 28x28 to logits; layers `conv1`, `conv2`, `conv3`, `fc1`, `fc2`.
@@ -17,6 +21,7 @@ class LeNet(nn.Module):
       features: output channels of the convolutions.
       hidden: units of `fc1`.
       kernel_size: side of the kernels; the last convolution's covers the whole image that reaches it.
+      padding: of the second convolution.
       method: how convolutions are computed, see `convolve`.
     """
 
@@ -24,6 +29,7 @@ class LeNet(nn.Module):
     features: tuple[int, int, int] = (6, 16, 120)
     hidden: int = 84
     kernel_size: int = 5
+    padding: Padding = "VALID"
     method: Method = "auto"
 
     @nn.compact
@@ -32,12 +38,17 @@ class LeNet(nn.Module):
 
         def conv(x: Array, number: int, size: int, padding: Padding) -> Array:
             layer = Conv(
-                self.features[number - 1], (size, size), padding=padding, method=self.method, name=f"conv{number}"
+                self.features[number - 1],
+                (size, size),
+                padding=padding,
+                kernel_init=_PYTORCH,
+                method=self.method,
+                name=f"conv{number}",
             )
             return nn.relu(layer(x))
 
         x = max_pool(conv(x, 1, self.kernel_size, "SAME"))
-        x = max_pool(conv(x, 2, self.kernel_size, "VALID"))
+        x = max_pool(conv(x, 2, self.kernel_size, self.padding))
         x = conv(x, 3, x.shape[1], "VALID").reshape(len(x), -1)
-        x = nn.relu(nn.Dense(self.hidden, name="fc1", kernel_init=nn.initializers.he_normal())(x))
-        return nn.Dense(self.classes, name="fc2")(x)
+        x = nn.relu(nn.Dense(self.hidden, kernel_init=_PYTORCH, name="fc1")(x))
+        return nn.Dense(self.classes, kernel_init=_PYTORCH, name="fc2")(x)

@@ -1,0 +1,106 @@
+"""The optimizers that the DessiLBI studies compare, by name, and their learning rate schedules."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optim_jax import default_penalty, dessilbi
+from optim_jax.penalties import Penalty, PenaltyRule, assign_penalties, map_structured
+
+Arm = Literal["sgd", "adam", "dessilbi", "dessilbi-adam", "proximal"]
+TITLES: dict[str, str] = {
+    "sgd": "SGD",
+    "adam": "Adam",
+    "dessilbi": "DessiLBI",
+    "dessilbi-adam": "DessiLBI+Adam",
+    "proximal": "proximal SGD",
+}
+
+
+def is_path(arm: str) -> bool:
+    """Whether an arm has a path to prune along."""
+    return arm.startswith("dessilbi")
+
+
+def make(
+    arm: Arm, rate: optax.Schedule, *, momentum: float, weight_decay: float, kappa: float, mu: float, strength: float
+) -> optax.GradientTransformation:
+    """The optimizer of an arm.
+
+    Args:
+      arm: "sgd" and "adam" (AdamW where `weight_decay` is not 0), "dessilbi" and "dessilbi-adam" around them, or
+        "proximal" SGD on the same penalty.
+      rate: learning rate as a function of the step count.
+      momentum: of SGD, plain or Nesterov's not: v' = momentum v + g.
+      weight_decay: decoupled, as in AdamW; of all arms.
+      kappa: of DessiLBI.
+      mu: of DessiLBI.
+      strength: of the penalty in proximal SGD.
+    """
+    momentum_or_adam = optax.scale_by_adam() if arm.endswith("adam") else optax.trace(momentum)
+    base = optax.chain(momentum_or_adam, optax.add_decayed_weights(weight_decay))
+    if is_path(arm):
+        return dessilbi(base, rate, kappa, mu)
+    descent = optax.chain(base, optax.scale_by_learning_rate(rate))
+    return descent if arm != "proximal" else proximal(descent, rate, strength)
+
+
+def proximal(
+    base: optax.GradientTransformation,
+    rate: optax.Schedule,
+    strength: float,
+    penalty: Penalty | PenaltyRule = default_penalty,
+) -> optax.GradientTransformation:
+    """Proximal gradient: W' = prox of rate * strength * penalty at W + the base's update.
+
+    Args:
+      base: any optimizer, its learning rate included.
+      rate: the same learning rate, for the threshold.
+      strength: weight of the penalty in the loss.
+      penalty: as for `dessilbi`; must be positively homogeneous of degree one, as group lasso and L1 are.
+    """
+
+    def init(params: optax.Params) -> tuple[jax.Array, optax.OptState]:
+        return jnp.zeros([], jnp.int32), base.init(params)
+
+    def update(
+        updates: optax.Updates, state: tuple[jax.Array, optax.OptState], params: optax.Params | None = None
+    ) -> tuple[optax.Updates, tuple[jax.Array, optax.OptState]]:
+        if params is None:
+            raise ValueError("params must be given to proximal, as update(updates, state, params), got None.")
+        step, inner = state
+        updates, inner = base.update(updates, inner, params)
+        threshold = jnp.maximum(rate(step) * strength, jnp.finfo(jnp.float32).tiny)
+
+        def shrunk(rule: Penalty, w: jax.Array, u: jax.Array) -> jax.Array:
+            return threshold * rule.prox((w + u) / threshold) - w
+
+        structured = map_structured(shrunk, assign_penalties(penalty, params), params, updates)
+        chosen = jax.tree.map(lambda u, s: u if s is None else s, updates, structured)
+        return chosen, (optax.safe_increment(step), inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def schedule(
+    kind: Literal["linear", "step", "constant"], rate: float, *, steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate over the steps.
+
+    Args:
+      kind: "linear" warms up over a twentieth of the steps and decays to zero; "step" divides by ten every 20 epochs,
+        as the reports do; "constant".
+      rate: the largest.
+      steps: of the whole training.
+      steps_per_epoch: for "step".
+    """
+    if kind == "constant":
+        return optax.constant_schedule(rate)
+    if kind == "step":
+        every = 20 * steps_per_epoch
+        return optax.exponential_decay(rate, every, 0.1, staircase=True)
+    warmup = max(1, steps // 20)
+    rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, max(1, steps - warmup))
+    return optax.join_schedules([rise, fall], [warmup])

@@ -1,0 +1,138 @@
+"""Figures of the DessiLBI studies, from the logs and records of a run's arms and seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import logs, plots
+from experiments.optimizers import TITLES, is_path
+
+FIGURES = ["convergence.png", "pruning.png", "path.png", "kernels.png", "features.png"]
+_LAYERS_SHOWN = 8
+
+
+def log_arrays(directory: Path, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes kernels and feature maps as pictures into the image log.
+
+    Args:
+      directory: of one arm and seed.
+      step: they belong to.
+      arrays: "kernels ..." -> (height, width, channels, filters) or (in, out); "features ..." -> (H, W, channels).
+    """
+    log = logs.Log(directory, step)
+    for name, array in arrays.items():
+        log.images(step, name, (_kernels(array) if name.startswith("kernels") else _features(array))[None])
+    log.close()
+
+
+def _kernels(kernel: np.ndarray) -> np.ndarray:
+    """Every filter by the slice of its strongest input channel, strongest filter first; a dense kernel as it is."""
+    if kernel.ndim == 2:
+        return plots.diverging(kernel, np.abs(kernel).max())
+    filters = np.moveaxis(kernel, (3, 2), (0, 1))  # (filters, channels, height, width)
+    strongest = np.argmax(np.square(filters).sum((2, 3)), axis=1)
+    slices = filters[np.arange(len(filters)), strongest]
+    order = np.argsort(-np.square(filters).sum((1, 2, 3)), kind="stable")
+    return plots.mosaic(plots.diverging(slices[order], np.abs(slices).max()))
+
+
+def _features(maps: np.ndarray) -> np.ndarray:
+    """Every channel's map, black where it is largest, on one scale."""
+    maps = np.moveaxis(maps, -1, 0)[..., None]
+    return plots.mosaic(np.rint(255 * (1 - maps / max(maps.max(), 1e-30))).astype(np.uint8))
+
+
+def draw(directory: Path, result: dict[str, Any]) -> None:
+    """Draws all figures of a finished run."""
+    config, arms = result["config"], result["metrics"]["arms"]
+    seeds = range(config["seed"], config["seed"] + config["seeds"])
+    title = f"{config['model']} on {config['dataset']}"
+    spread = f", mean and standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    records = {arm: [logs.read_lines(directory / f"{arm}-{seed}" / "metrics.jsonl") for seed in seeds] for arm in arms}
+
+    def over_seeds(arm: str, name: str, scale: float = 100.0) -> Sequence[Sequence[float]]:
+        found = [logs.curve(one, name) for one in records[arm]]
+        return _line(found[0][0], [scale * np.asarray(y) for _, y in found])
+
+    plots.panels(
+        {
+            "training batches": {TITLES[arm]: over_seeds(arm, "accuracy") for arm in arms},
+            "validation split": {TITLES[arm]: over_seeds(arm, "validation_accuracy") for arm in arms},
+        },
+        directory / "convergence.png",
+        title=f"{title}: convergence{spread}",
+        x_label="steps",
+        y_label="accuracy, %",
+        y_limits=(_floor(records), 100.2),
+    )
+    _draw_pruning(directory / "pruning.png", result, f"{title}: test accuracy after cutting layers{spread}")
+    paths = [arm for arm in arms if is_path(arm)]
+    names = [name for name in records[paths[0]][0][0] if name.startswith("zero ")]
+    shown = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(_LAYERS_SHOWN, len(names)))]
+    plots.panels(
+        {TITLES[arm]: {name.removeprefix("zero "): over_seeds(arm, name) for name in shown} for arm in paths},
+        directory / "path.png",
+        title=f"{title}: the path{spread}",
+        x_label="steps",
+        y_label="part of Gamma that is zero, %",
+        y_limits=(-3, 103),
+    )
+    _draw_pictures(directory, config, list(arms), title)
+
+
+def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
+    config, arms = result["config"], result["metrics"]["arms"]
+    lines: dict[str, dict[str, Any]] = {}
+    marks: dict[str, dict[str, Any]] = {}
+    for group in config["prune"]:
+        for kind, label in (("accuracy", group), ("retrained", f"{group}, {config['retrain_steps']} steps later")):
+            lines[label] = {
+                f"{TITLES[arm]}, by {'path' if is_path(arm) else 'magnitude'}": _line(
+                    [100 * entry["fraction"] for entry in found[0]["cut"][group]],
+                    [[entry[kind] for entry in one["cut"][group]] for one in found],
+                )
+                for arm, found in arms.items()
+            }
+        marks[group] = {}
+        for comparison in result["comparisons"]:
+            if comparison.get("cut") == group:
+                x, y = marks[group].setdefault(f"report {comparison['report']}, DessiLBI", ([], []))
+                x.append(comparison["percent"])
+                y.append(comparison["published"])
+    plots.panels(lines, path, title=title, x_label="cut, %", y_label="test accuracy, %", marks=marks)
+
+
+def _draw_pictures(directory: Path, config: dict[str, Any], arms: list[str], title: str) -> None:
+    def picture(arm: str, name: str) -> np.ndarray | None:
+        found = logs.read_images(directory / f"{arm}-{config['seed']}" / "images.jsonl", name)
+        return found[max(found)][0] if found else None
+
+    rows: dict[str, dict[str, np.ndarray]] = {}
+    for row, name in (("W", "kernels W"), ("Gamma", "kernels Gamma")):
+        rows[row] = {TITLES[arm]: image for arm in arms if (image := picture(arm, name)) is not None}
+    plots.pictures(
+        {row: images for row, images in rows.items() if images},
+        directory / "kernels.png",
+        title=f"{title}: kernels of {config['kernels']}, each filter's strongest slice, strongest filter first",
+    )
+    features = {
+        layer: {TITLES[arm]: image for arm in arms if (image := picture(arm, f"features {layer}")) is not None}
+        for layer in config["features"]
+    }
+    plots.pictures(features, directory / "features.png", title=f"{title}: feature maps of the first test image")
+
+
+def _line(x: Sequence[float], values: Sequence[Any]) -> Sequence[Any]:
+    """x, mean and, for several seeds, the sample standard deviation."""
+    y = np.asarray(values, float)
+    return (x, y.mean(0), y.std(0, ddof=1)) if len(y) > 1 else (x, y[0])
+
+
+def _floor(records: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> float:
+    """Where the accuracy axis starts: a little below the worst validation, so that the first steps do not rule it."""
+    worst = min(
+        r["validation_accuracy"] for arm in records.values() for one in arm for r in one if "validation_accuracy" in r
+    )
+    return max(0.0, 100 * worst - 5)

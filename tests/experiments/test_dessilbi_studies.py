@@ -1,0 +1,163 @@
+"""The DessiLBI studies: presets that fit together, the reports' settings as published, resumption, figures."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from PIL import Image
+
+from experiments import config, cut, execute, path_study, path_tables
+from experiments.config import Options
+from experiments.published import published
+from experiments.studies import dessilbi_cifar10, dessilbi_mnist
+from experiments.training import Plan
+
+EXAMPLES = {"mnist": (54_000, (28, 28, 1)), "cifar10": (45_000, (32, 32, 3)), "digits": (1_294, (8, 8, 1))}
+PRESETS = {
+    **{f"mnist {name}": preset.config for name, preset in dessilbi_mnist.PRESETS.items()},
+    **{f"cifar10 {name}": preset.config for name, preset in dessilbi_cifar10.PRESETS.items()},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_fits_together(name: str) -> None:
+    preset = PRESETS[name]
+    examples, image = EXAMPLES[preset.dataset]
+    per_call = examples // preset.batch_size // 8
+    Plan(100, preset.batch_size, per_call, 8 * per_call, 8 * per_call).check(examples, devices=1)
+    model = path_study.MODELS[preset.model]()
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *image))), jax.random.key(0))
+    path_study.check(preset, shapes["params"])
+    layers = set(cut.layers_of(shapes["params"]))
+    assert {preset.kernels, *preset.features} <= layers
+
+
+def test_report_settings_are_as_published() -> None:
+    a = dessilbi_mnist.PRESETS["report-a"].config
+    row = dict(epochs=a.epochs, **{"batch size": a.batch_size, "kappa": a.kappa, "mu": a.mu})
+    assert row == {name: published("A", 9, row=30, column=name) for name in row}
+    for name in ("vgg19", "resnet50"):
+        a = dessilbi_cifar10.PRESETS[name].config
+        row = dict(epochs=a.epochs, **{"batch size": a.batch_size, "kappa": a.kappa, "mu": a.adam_mu})
+        assert row == {name: published("A", 11, row=30, column=name) for name in row}
+    for presets in (dessilbi_mnist.PRESETS, dessilbi_cifar10.PRESETS):
+        b = presets["report-b"].config
+        assert (b.epochs, b.batch_size, b.kappa, b.mu, b.learning_rate) == (20, 128, 1.0, 10.0, 0.01)
+
+
+def test_layers_that_are_not_there_are_refused() -> None:
+    preset = dataclasses.replace(dessilbi_mnist.PRESETS["tiny"].config, prune=("conv4",))
+    model = path_study.MODELS[preset.model]()
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 8, 8, 1))), jax.random.key(0))
+    with pytest.raises(ValueError, match="unknown layer of lenet-digits 'conv4'; did you mean 'conv"):
+        path_study.check(preset, shapes["params"])
+    with pytest.raises(ValueError, match=r"fractions must be in \[0, 1\), got \(1.0,\)"):
+        path_study.check(dataclasses.replace(preset, prune=("conv3",), fractions=(1.0,)), shapes["params"])
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        path_study.check(dataclasses.replace(preset, prune=("conv3",), seeds=0), shapes["params"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
+        preset = config.preset("dessilbi-mnist", "tiny").config
+        arguments = ["run", "dessilbi-mnist", "tiny"]
+        result = execute.execute("dessilbi-mnist", "tiny", preset, Options(runs_dir=folder), arguments)
+    return folder / "dessilbi-mnist" / "tiny-0", result
+
+
+@pytest.mark.slow
+def test_every_arm_and_seed_has_its_record(tiny: tuple[Path, dict]) -> None:
+    directory, result = tiny
+    arms = result["metrics"]["arms"]
+    assert list(arms) == ["sgd", "dessilbi"]
+    for arm, records in arms.items():
+        for seed, record in enumerate(records):
+            assert json.loads((directory / f"{arm}-{seed}" / "record.json").read_text()) == record
+            first = record["cut"]["conv3"][0]
+            assert (first["fraction"], first["removed"]) == (0, 0)
+            assert first["accuracy"] == record["accuracy"]
+            assert record["cut"]["conv3"][1]["removed"] < record["cut"]["conv3+fc1"][1]["removed"] <= 0.5
+            assert record["total"]["removed"] >= 0.825
+            assert list(record["each_layer"]) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
+    assert arms["dessilbi"][0] != arms["dessilbi"][1]
+
+
+@pytest.mark.slow
+def test_finished_parts_are_not_trained_again(tiny: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, result = tiny
+    (directory / "result.json").unlink()
+
+    def fit(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(path_study.training, "fit", fit)
+    preset = config.preset("dessilbi-mnist", "tiny").config
+    arguments = ["run", "dessilbi-mnist", "tiny"]
+    again = execute.execute("dessilbi-mnist", "tiny", preset, Options(runs_dir=directory.parent.parent), arguments)
+    assert again["metrics"] == result["metrics"]
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
+    directory, result = tiny
+    before = {name: (directory / name).read_bytes() for name in result["figures"]}
+    for name in before:
+        (directory / name).unlink()
+    dessilbi_mnist.draw(directory, result)
+    for name, content in before.items():
+        with Image.open(directory / name) as image:
+            assert min(image.size) > 100
+        assert (directory / name).read_bytes() == content
+
+
+def _records(preset: path_study.Config, layers: list[str]) -> dict:
+    """Records as a run would leave them, the accuracy after cutting p % being 100 - p."""
+    cuts = [{"fraction": f, "removed": f, "accuracy": 100 - 100 * f, "retrained": 99.0} for f in preset.fractions]
+    record = {
+        "accuracy": 99.0,
+        "support_removed": 0.5,
+        "support_accuracy": 98.0,
+        "cut": dict.fromkeys(preset.prune, cuts),
+        "each_layer": dict.fromkeys(layers, 90.0),
+        "total": {"fraction": 0.9, "removed": 0.83, "accuracy": 97.0, "retrained": 98.0},
+        "train_seconds": 1.0,
+    }
+    return {arm: [record] * preset.seeds for arm in preset.arms}
+
+
+@pytest.mark.parametrize(
+    ("study", "name", "tables"),
+    [
+        (dessilbi_mnist, "lenet", {("B", 8): 3, ("A", 10): 12, ("B", 10): 5, ("B", 11): 5}),
+        (dessilbi_cifar10, "vgg-a-bn-cpu", {("B", 9): 1, ("B", 12): 5, ("B", 13): 8}),
+        (dessilbi_cifar10, "resnet50", {}),
+    ],
+)
+def test_comparisons_are_with_the_right_cells(study, name, tables, monkeypatch) -> None:
+    preset = study.PRESETS[name].config
+    layers = [f"conv{i}" for i in range(1, 9 if study is dessilbi_cifar10 else 4)] + ["fc1", "fc2", "fc3"]
+    records = _records(preset, layers if study is dessilbi_cifar10 else layers[:-1])
+    monkeypatch.setattr(path_study, "run", lambda config, run: records)
+    content = study.run(preset, None)
+    cited = [(c["report"], c["table"]) for c in content["comparisons"]]
+    assert {one: cited.count(one) for one in cited} == tables
+    for c in content["comparisons"]:
+        if "percent" in c:
+            assert c["ours"] == pytest.approx(100 - c["percent"])
+            column = {"conv3": "conv3: accuracy, %", "conv3+fc1": "conv3 + fc1: accuracy, %"}[c["cut"]]
+            column = column if c["report"] == "A" else "accuracy, %"
+            assert c["published"] == published(c["report"], c["table"], row=round(c["percent"]), column=column)
+    assert all(len(row) == len(content["table"]["columns"]) for row in content["table"]["rows"])
+
+
+def test_several_seeds_are_mean_and_deviation() -> None:
+    records = [{"accuracy": 98.0}, {"accuracy": 99.0}]
+    assert path_tables.mean(records, "accuracy") == 98.5
+    assert path_tables.value_of({"removed": 0.25}, "removed") == 25
+    assert path_tables.value_of({}, "support_accuracy") is None
