@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim_jax import default_penalty, dessilbi
-from optim_jax.penalties import Penalty, PenaltyRule, assign_penalties, map_structured
+from optim_jax import L1, GroupLasso, Penalty, PenaltyRule, assign_penalties, dessilbi
+from optim_jax.penalties import map_structured
 
 Arm = Literal["sgd", "adam", "dessilbi", "dessilbi-adam", "proximal"]
 TITLES: dict[str, str] = {
@@ -25,7 +25,15 @@ def is_path(arm: str) -> bool:
 
 
 def make(
-    arm: Arm, rate: optax.Schedule, *, momentum: float, weight_decay: float, kappa: float, mu: float, strength: float
+    arm: Arm,
+    rate: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    kappa: float,
+    mu: float,
+    dense: float,
+    strength: float,
 ) -> optax.GradientTransformation:
     """The optimizer of an arm.
 
@@ -37,21 +45,31 @@ def make(
       weight_decay: decoupled, as in AdamW; of all arms.
       kappa: of DessiLBI.
       mu: of DessiLBI.
+      dense: threshold of single weights in dense layers, where that of a filter's norm is 1; of DessiLBI and the prox.
       strength: of the penalty in proximal SGD.
     """
     momentum_or_adam = optax.scale_by_adam() if arm.endswith("adam") else optax.trace(momentum)
     base = optax.chain(momentum_or_adam, optax.add_decayed_weights(weight_decay))
     if is_path(arm):
-        return dessilbi(base, rate, kappa, mu)
+        return dessilbi(base, rate, kappa, mu, penalty=penalty(dense))
     descent = optax.chain(base, optax.scale_by_learning_rate(rate))
-    return descent if arm != "proximal" else proximal(descent, rate, strength)
+    return descent if arm != "proximal" else proximal(descent, rate, strength, penalty(dense))
+
+
+def penalty(dense: float) -> PenaltyRule:
+    """Filters of convolutions as groups, weights of dense layers alone: the official choice for `dense` = 1.
+
+    A single weight is some ten times smaller than the norm of a filter, and comes alive that much later: with the
+    official threshold it does not in a short training, and the coupling is mere weight decay for it.
+    """
+    return PenaltyRule(lambda path, shape: {4: GroupLasso(), 2: L1(dense)}.get(len(shape)))
 
 
 def proximal(
     base: optax.GradientTransformation,
     rate: optax.Schedule,
     strength: float,
-    penalty: Penalty | PenaltyRule = default_penalty,
+    penalty: Penalty | PenaltyRule,
 ) -> optax.GradientTransformation:
     """Proximal gradient: W' = prox of rate * strength * penalty at W + the base's update.
 

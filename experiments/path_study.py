@@ -51,6 +51,7 @@ class Config:
       kappa: of DessiLBI.
       mu: of DessiLBI.
       adam_mu: of DessiLBI+Adam, whose rates are of another size.
+      dense: see `optimizers.make`; 1 in the official code.
       strength: of the penalty in proximal SGD.
       label_smoothing: share of the target spread over all classes.
       augment: shift and mirror the training images.
@@ -79,6 +80,7 @@ class Config:
     kappa: float = 1.0
     mu: float = 50.0
     adam_mu: float = 1.0
+    dense: float = 1.0
     strength: float = 1e-3
     label_smoothing: float = 0.0
     augment: bool = False
@@ -198,6 +200,7 @@ def _one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
         weight_decay=config.weight_decay,
         kappa=config.kappa,
         mu=config.adam_mu if adam else config.mu,
+        dense=config.dense,
         strength=config.strength,
     )
     augment = classification.crop_and_flip if config.augment else None

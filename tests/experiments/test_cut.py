@@ -89,7 +89,7 @@ def test_proximal_is_the_prox_of_the_step() -> None:
         "bias": jnp.ones(3),
     }
     rate = optax.linear_schedule(0.3, 0.1, 2)
-    optimizer = optimizers.proximal(optax.sgd(rate), rate, 2.0)
+    optimizer = optimizers.proximal(optax.sgd(rate), rate, 2.0, optimizers.penalty(1.0))
     state = optimizer.init(params)
     found, expected = params, jax.tree.map(np.asarray, params)
     for lr in (0.3, 0.2):
@@ -119,7 +119,7 @@ def test_schedules(kind, expected) -> None:
 def test_arms_are_what_they_are_called() -> None:
     params = {"conv": jnp.ones((1, 1, 1, 2)), "bias": jnp.ones(2)}
     gradients = jax.tree.map(lambda w: 3 * w, params)
-    options = {"momentum": 0.0, "weight_decay": 0.0, "kappa": 1.0, "mu": 2.0, "strength": 0.1}
+    options = {"momentum": 0.0, "weight_decay": 0.0, "kappa": 1.0, "mu": 2.0, "dense": 1.0, "strength": 0.1}
 
     def update(arm):
         optimizer = optimizers.make(arm, optax.constant_schedule(0.1), **options)

@@ -54,10 +54,11 @@ def test_layers_that_are_not_there_are_refused() -> None:
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 8, 8, 1))), jax.random.key(0))
     with pytest.raises(ValueError, match="unknown layer of lenet-digits 'conv4'; did you mean 'conv"):
         path_study.check(preset, shapes["params"])
+    preset = dataclasses.replace(preset, prune=("conv3",), total=None)
     with pytest.raises(ValueError, match=r"fractions must be in \[0, 1\), got \(1.0,\)"):
-        path_study.check(dataclasses.replace(preset, prune=("conv3",), fractions=(1.0,)), shapes["params"])
+        path_study.check(dataclasses.replace(preset, fractions=(1.0,)), shapes["params"])
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        path_study.check(dataclasses.replace(preset, prune=("conv3",), seeds=0), shapes["params"])
+        path_study.check(dataclasses.replace(preset, seeds=0), shapes["params"])
 
 
 @pytest.fixture(scope="module")
