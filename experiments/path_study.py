@@ -59,6 +59,7 @@ class Config:
       fractions: of each layer's filters, or of a dense layer's weights, to cut.
       each_layer: cut from every layer alone, where there are at most 12.
       total: also cut this fraction of all parameters, taken from the layers of the last set; None: do not.
+      cut_images: how many test images to measure the cut networks on; None: all.
       retrain_steps: length of the short retraining after each cut.
       retrain_rate: its learning rate, as a share of the arm's.
       kernels: layer whose kernels are drawn.
@@ -88,6 +89,7 @@ class Config:
     fractions: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8)
     each_layer: float = 0.8
     total: float | None = 0.825
+    cut_images: int | None = None
     retrain_steps: int = 100
     retrain_rate: float = 0.2
     kernels: str = "conv3"
@@ -130,8 +132,10 @@ class Setting:
         )
 
     def percent(self, variables: Any) -> float:
-        """Test accuracy, %."""
-        return 100 * self.measure(variables, self.test)["accuracy"]
+        """Test accuracy of a cut network, %."""
+        count = self.config.cut_images
+        some = data.Split(self.test.images[:count], self.test.labels[:count])
+        return 100 * self.measure(variables, some)["accuracy"]
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -277,7 +281,7 @@ def _record(
 
     layers = list(cut.layers_of(params))
     record: dict[str, Any] = {
-        "accuracy": setting.percent(state.variables),
+        "accuracy": 100 * setting.measure(state.variables, setting.test)["accuracy"],
         "cut": {
             group: [after(group.split("+"), fraction, again=True) for fraction in config.fractions]
             for group in config.prune

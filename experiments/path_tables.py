@@ -50,9 +50,10 @@ def _table(config: Any, arms: Records) -> dict[str, Any]:
     for layer in next(iter(arms.values()))[0]["each_layer"]:
         add(f"only {layer} cut by {100 * config.each_layer:g} %: accuracy, %", "each_layer", layer)
     rows.append(["training time of one seed, s", *(round(mean(r, "train_seconds"), 1) for r in arms.values())])
+    images = f" (cuts: its first {config.cut_images} images)" if config.cut_images else ""
     seeds = f", mean ± sample standard deviation of {config.seeds} seeds" if config.seeds > 1 else ""
     return {
-        "title": f"{config.model} on {config.dataset}, test split{seeds}; cut along the path, else by magnitude",
+        "title": f"{config.model} on {config.dataset}, test split{images}{seeds}; cut along the path, else by magnitude",
         "columns": ["quantity", *(TITLES[arm] for arm in arms)],
         "rows": rows,
     }
