@@ -170,13 +170,10 @@ def measure(
       mesh: devices, along one axis `data`.
       block: examples at once on each device; compiled once for each shape, model and `prepare`.
     """
-    size = block * mesh.size
-    missing = -len(inputs) % size
-    padded = np.concatenate([inputs, np.repeat(inputs[:1], missing, axis=0)])
-    targets = np.concatenate([labels, np.full(missing, -1, labels.dtype)])  # -1: filled up, does not count
-    arrays = replicate((padded.reshape(-1, size, *inputs.shape[1:]), targets.reshape(-1, size)), mesh)
-    correct, loss = jax.device_get(_sums(model, prepare, mesh, variables, *arrays))
-    return {"accuracy": int(correct) / len(labels), "loss": float(loss.sum(dtype=np.float64)) / len(labels)}
+    logits = predict(model, variables, inputs, prepare, mesh, block=block).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    return {"accuracy": float(np.mean(logits.argmax(axis=1) == labels)), "loss": float(losses.mean())}
 
 
 def accuracy(*arguments: Any, **options: Any) -> float:
@@ -184,18 +181,20 @@ def accuracy(*arguments: Any, **options: Any) -> float:
     return measure(*arguments, **options)["accuracy"]
 
 
+def predict(
+    model: nn.Module, variables: PyTree, inputs: np.ndarray, prepare: Prepare, mesh: Mesh, *, block: int = 250
+) -> np.ndarray:
+    """Logits (N, classes) of a whole split; arguments as of `measure`."""
+    size = block * mesh.size
+    missing = -len(inputs) % size
+    padded = np.concatenate([inputs, np.repeat(inputs[:1], missing, axis=0)])
+    blocks = replicate(padded.reshape(-1, size, *inputs.shape[1:]), mesh)
+    logits = jax.device_get(_logits(model, prepare, mesh, variables, blocks))
+    return np.asarray(logits).reshape(len(padded), -1)[: len(inputs)]
+
+
 @partial(jax.jit, static_argnames=("model", "prepare", "mesh"))
-def _sums(
-    model: nn.Module, prepare: Prepare, mesh: Mesh, variables: PyTree, inputs: Array, labels: Array
-) -> tuple[Array, Array]:
-    """Correct answers in all, and the summed cross entropy of each block."""
-
-    def one(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, y = block
-        logits: Any = model.apply(variables, prepare(x), train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
-        return jnp.sum(logits.argmax(-1) == y), jnp.sum(jnp.where(y >= 0, losses, 0))
-
-    shared = jax.lax.with_sharding_constraint((inputs, labels), NamedSharding(mesh, P(None, "data")))
-    correct, loss = jax.lax.map(one, shared)
-    return jax.lax.with_sharding_constraint((correct.sum(), loss), NamedSharding(mesh, P()))
+def _logits(model: nn.Module, prepare: Prepare, mesh: Mesh, variables: PyTree, blocks: Array) -> Array:
+    shared = jax.lax.with_sharding_constraint(blocks, NamedSharding(mesh, P(None, "data")))
+    logits = jax.lax.map(lambda x: model.apply(variables, prepare(x), train=False), shared)
+    return jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, P()))

@@ -13,6 +13,7 @@ import tyro
 from experiments.data import check_choice
 
 STUDIES = {
+    "classify": "experiments.studies.classify",
     "functa": "experiments.studies.functa",
     "functaset": "experiments.studies.functaset",
     "latent-tasks": "experiments.studies.latent_tasks",

@@ -68,7 +68,7 @@ def curves(
     y_label: str,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws lines named at their ends, and horizontal levels (such as a published number) named on the line.
+    """Draws lines named with their last values, and horizontal levels (such as a published number) named on the line.
 
     Args:
       series: name -> x and y values.
@@ -81,16 +81,10 @@ def curves(
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
     for colour, (name, (x, y)) in zip(_COLOURS, series.items(), strict=False):
-        axis.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(x) < 30 else None, markersize=3)
-        axis.annotate(
-            f"{name}: {y[-1]:.2f}",
-            (x[-1], y[-1]),
-            xytext=(-4, 7),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-            color=colour,
-        )
+        marker = "o" if len(x) < 30 else None
+        axis.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=3, label=f"{name}: {y[-1]:.2f}")
+    # A legend, since names at the ends of lines that end close together would write over each other.
+    axis.legend(fontsize=9, frameon=False, labelcolor="linecolor", loc="best")
     for name, level in (levels or {}).items():
         axis.axhline(level, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axis.annotate(
@@ -279,6 +273,43 @@ def diverging(values: np.ndarray, largest: float) -> np.ndarray:
     strength = np.clip(np.abs(values) / max(largest, 1e-30), 0, 1)[..., None]
     ends = np.where(values[..., None] > 0, (178, 24, 43), (33, 102, 172))
     return np.rint(255 + strength * (ends - 255)).astype(np.uint8)
+
+
+def confusion(counts: np.ndarray, names: Sequence[str], path: Path, *, title: str) -> None:
+    """Draws a confusion matrix: share of each true class, a row, given each answer, a column.
+
+    Args:
+      counts: (K, K), of true class by answer.
+      names: of the classes.
+      path: PNG to write.
+      title: above.
+    """
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(6.4, 5.8), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    # The colours are of the errors; the diagonal, far above them, would leave them all pale.
+    largest = max((shares * (1 - np.eye(len(names)))).max(), 1e-9)
+    axis.imshow(np.where(np.eye(len(names), dtype=bool), np.nan, shares), cmap="Reds", vmin=0, vmax=1.3 * largest)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.0005:
+            axis.text(
+                column,
+                row,
+                f"{100 * share:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=_INK,
+                weight="bold" if row == column else "normal",
+            )
+    axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0)
+    axis.set_yticks(range(len(names)), names)
+    axis.tick_params(length=0)
+    axis.spines[:].set_color(_GRID)
+    axis.set_xlabel("answer", color=_INK)
+    axis.set_ylabel("true class (rows add up to 100 %)", color=_INK)
+    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -3,6 +3,7 @@
 from functa_jax.coords import coordinate_grid, subsample
 from functa_jax.derivatives import Derivatives, derivatives
 from functa_jax.functaset import Functaset, FunctasetError, fit_images, make_functaset
+from functa_jax.heads import ConvHead, MLPHead, ResidualHead
 from functa_jax.inner_loop import curvature, fit_latents
 from functa_jax.meta import MetaParams, MetaState, init_meta, meta_loss, meta_step
 from functa_jax.metrics import psnr, psnr_from_mse
@@ -14,12 +15,15 @@ from functa_jax.siren import Siren, sine
 from functa_jax.spatial import SpatialModulatedSiren
 
 __all__ = [
+    "ConvHead",
     "Derivatives",
     "Functaset",
     "FunctasetError",
+    "MLPHead",
     "MetaParams",
     "MetaState",
     "ModulatedSiren",
+    "ResidualHead",
     "Siren",
     "SpatialModulatedSiren",
     "continued_rates",

@@ -90,7 +90,7 @@ class SpatialModulatedSiren(nn.Module):
         to_modulation = LatentToModulation(
             self.width, self.depth - 1, self.modulate, self.hidden, self.modulation_scale, name="latent_to_modulation"
         )
-        scale, shift = to_modulation(latents if self.kernel_size == 1 else _neighbours(latents))
+        scale, shift = to_modulation(latents if self.kernel_size == 1 else neighbours(latents))
         interpolate = _nearest if self.interpolation == "nearest" else _bilinear
         at_points = interpolate(points, latents.shape[1:3])
         h = modulated_sines(points, w0s, self.width, scale, shift, at_points, self.compute_dtype)
@@ -98,7 +98,7 @@ class SpatialModulatedSiren(nn.Module):
         return y.reshape(*coords.shape[:-1], self.out_features) if latent.ndim == 3 else y
 
 
-def _neighbours(latents: Array) -> Array:
+def neighbours(latents: Array) -> Array:
     """Latents of each cell and its eight neighbours side by side, (B, h, w, 9 c): a map of these is a convolution."""
     _, height, width, _ = latents.shape
     padded = jnp.pad(latents, ((0, 0), (1, 1), (1, 1), (0, 0)))
