@@ -10,6 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from prune_jax.graph.describe import axis_table, describe
 from prune_jax.graph.elements import FROZEN
 from prune_jax.graph.program import Program, read_program
 
@@ -74,21 +75,24 @@ class Groups:
             out.setdefault(group.tie, []).append(group)
         return out
 
+    def axis_elements(self, path: str, axis: int) -> np.ndarray:
+        """The elements along an axis of a parameter, before any were found to be the same."""
+        label = next(leaf.labels[axis] for leaf in self.program.leaves if leaf.name == path)
+        assert isinstance(label, np.ndarray)
+        return label
+
     def __str__(self) -> str:
-        lines = []
-        for tie, groups in self.ties.items():
-            alike: dict[tuple, list[Group]] = {}
-            for group in groups:
-                alike.setdefault((group.size, *[(m.path, m.axis, m.each) for m in group.members]), []).append(group)
-            for same in alike.values():
-                times = f" in each of {len(same)} groups" if len(same) > 1 else ""
-                lines.append(f"[{tie}] {same[0].kind}: {same[0].size} units{times}")
-                for m in same[0].members:
-                    per_row = f" (by row of axis {', '.join(map(str, m.rows))})" if m.rows else ""
-                    lines.append(f"    {m.path} axis {m.axis}{per_row}: {m.each} a unit")
-            if len(groups) > 1:
-                lines.append(f"    all {len(groups)} groups lose equally many")
-        return "\n".join([*lines, *[f"held: {reason}" for reason in self.held]])
+        return describe(self)
+
+    def table(self) -> list[dict]:
+        """Which parameter axis belongs to which tie and in which role, in the order of the program.
+
+        Returns:
+            Plain dicts with ``path``, ``axis``, ``role`` and ``tie``. The role is "made by" (the axis of a weight that
+            brings the units forth: f^out of equation 7), "read by" (the axis that is summed over: f^in) or "along"
+            (biases, scales, positions: f^in and f^out at once).
+        """
+        return axis_table(self)
 
     def matrix(self) -> tuple[list[str], np.ndarray]:
         """The dependency matrix: names of parameter axes, and 1 where two axes share a unit.
@@ -142,8 +146,8 @@ def dependency_groups(
         >>> groups = dependency_groups(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3)))
         >>> print(groups)
         [0] width: 8 units
-            a axis 1: 1 a unit
-            b axis 0: 1 a unit
+            made by a axis 1
+            read by b axis 0
 
     Reference: Fang et al., DepGraph: Towards Any Structural Pruning (2301.12900).
     """

@@ -74,15 +74,15 @@ def unit_scores(
     for leaf, score in zip(program.leaves, flat, strict=True):
         if score is None:
             continue
-        value = np.asarray(score, np.float64)
+        value = np.asarray(score)
         if value.shape != leaf.shape:
             raise ValueError(f"scores of {leaf.name!r} must have shape {leaf.shape}, got {value.shape}")
-        if np.isnan(value).any():
-            raise ValueError(f"scores of {leaf.name!r} hold NaN")
         for label in leaf.labels:
             if isinstance(label, np.ndarray):
                 fixed = tuple(d for d, n in enumerate(label.shape) if n == 1)
-                total[label] = value.sum(axis=fixed, keepdims=True)
+                total[label] = sums = value.sum(axis=fixed, keepdims=True, dtype=np.float64)
+                if np.isnan(sums).any():
+                    raise ValueError(f"scores of {leaf.name!r} hold NaN")
                 scored[label] = True
     out = []
     for units, raw in zip(groups.units, _aggregated(groups, total, scored, aggregate), strict=True):

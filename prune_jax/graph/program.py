@@ -84,7 +84,10 @@ def read_program(
             fixed = not used[i] or pin(leaf.name) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
             leaf.labels = [None] * len(leaf.shape) if fixed else _label(walk, i, leaf.shape, nest)
         walk.parameter_of = lambda ids, walk=walk, leaves=leaves: _parameter(walk, leaves, ids)  # type: ignore[misc]
-        inputs = [Value(v.aval, list(leaf.labels)) for v, leaf in zip(closed.jaxpr.invars, leaves, strict=False)]
+        inputs = [
+            Value(v.aval, list(leaf.labels), parameter=True)
+            for v, leaf in zip(closed.jaxpr.invars, leaves, strict=False)
+        ]
         inputs += [
             Value(v.aval, [None] * len(getattr(v.aval, "shape", ()))) for v in closed.jaxpr.invars[len(leaves) :]
         ]

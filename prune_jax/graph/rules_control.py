@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def call(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]
 def remat(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
     """Read through; what is rematerialised stays so."""
     jaxpr, consts = opened(eqn.params["jaxpr"])
-    body = walk.read(jaxpr, consts, [Value(v.aval, v.labels, None, v.summed) for v in ins], cut_outputs=True)
+    body = walk.read(jaxpr, consts, [dataclasses.replace(v, const=None) for v in ins], cut_outputs=True)
 
     def run(cut: Cut, *args: Any) -> list:
         inner = jax.checkpoint(
@@ -52,7 +53,7 @@ def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list
         return plain.outputs, plain.run
     variables = [v for v in eqn.invars if isinstance(v, Var)]
     moving = [i for i, v in enumerate(eqn.invars) if isinstance(v, Var)]
-    ins = [Value(v.aval, v.labels) for v in ins]
+    ins = [Value(v.aval, v.labels, parameter=v.parameter) for v in ins]
     jaxpr, consts = opened(eqn.params["call_jaxpr"])
     outvars = [Var(v.aval) if isinstance(v, DropVar) else v for v in eqn.outvars]
     alone = jaxpr.replace(
@@ -129,7 +130,7 @@ def _inner(walk: Walk, value: Value, aval: Any) -> Value:
     labels = list(value.labels)
     settle(walk.elements, labels, 0)
     labels = [walk.elements.collapse(x, (0,)) if isinstance(x, np.ndarray) else x for x in labels]
-    return Value(aval, drop(labels, (0,)))
+    return Value(aval, drop(labels, (0,)), parameter=value.parameter)
 
 
 def scan_parts(eqn: JaxprEqn, jaxpr: Jaxpr) -> tuple[int, int, int]:
@@ -145,7 +146,7 @@ def scan(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]
     p = eqn.params
     jaxpr, consts = opened(p["jaxpr"])
     n, m, carried = scan_parts(eqn, jaxpr)
-    inputs = [Value(v.aval, v.labels) for v in ins[:m]]
+    inputs = [Value(v.aval, v.labels, parameter=v.parameter) for v in ins[:m]]
     inputs += [_inner(walk, v, var.aval) for v, var in zip(ins[m:], jaxpr.invars[m:], strict=True)]
     before = len(walk.costs)
     body = walk.read(jaxpr, consts, inputs, cut_outputs=True)
@@ -177,7 +178,7 @@ def while_(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
     """The carry keeps its labels through the loop."""
     p = eqn.params
     n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-    plain = [Value(v.aval, v.labels) for v in ins]
+    plain = [Value(v.aval, v.labels, parameter=v.parameter) for v in ins]
     test = walk.read(*opened(p["cond_jaxpr"]), [*plain[:n], *plain[m:]], cut_outputs=True)
     body = walk.read(*opened(p["body_jaxpr"]), plain[n:], cut_outputs=True)
     for start, end in zip(plain[m:], body.outputs, strict=True):
@@ -194,7 +195,7 @@ def while_(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
 
 def cond(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run]:
     """All branches return arrays with the same labels."""
-    plain = [Value(v.aval, v.labels) for v in ins[1:]]
+    plain = [Value(v.aval, v.labels, parameter=v.parameter) for v in ins[1:]]
     bodies = []
     for branch in eqn.params["branches"]:
         bodies.append(walk.read(*opened(branch), [walk.settled(v) for v in plain], cut_outputs=True))

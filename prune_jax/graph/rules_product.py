@@ -27,6 +27,11 @@ def dot_general(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value
         shapes.append(tuple(v.shape[d] for d in order))
         frees.append(len(free))
     nb, nc = len(batch[0]), len(contract[0])
+    kept = [
+        [d for d in range(len(v.shape)) if d not in c and d not in b]
+        for v, c, b in zip(ins, contract, batch, strict=True)
+    ]
+    walk.note_product(ins, contract, kept)
     elements = walk.elements
 
     # inside: (batch, contracted), where positions that depend on a free axis of one side must stop doing so
@@ -95,6 +100,7 @@ def conv(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run 
     x_shape, w_shape = ins[0].shape, ins[1].shape
     batch, channel = numbers.lhs_spec[:2]
     outs, inputs = numbers.rhs_spec[:2]
+    walk.note_product(ins, ([channel], [inputs]), ([], [outs]))
     for labels, dims in ((x, numbers.lhs_spec[2:]), (w, numbers.rhs_spec[2:])):
         for d in dims:
             settle(elements, labels, d)

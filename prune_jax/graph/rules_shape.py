@@ -41,6 +41,10 @@ def elementwise(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value
     labels = full[0]
     for other in full[1:]:
         _seek_nesting(walk, labels, other)
+        if len(ins) == 2 and not ins[0].parameter and not ins[1].parameter:
+            both = zip(labels, other, strict=True)
+            arrays = [(x, y) for x, y in both if isinstance(x, np.ndarray) and isinstance(y, np.ndarray)]
+            walk.note_meeting([x for x, y in arrays if x.flat[0] != y.flat[0]])
         labels = unify(walk.elements, labels, other, shape)
     summed = ins[0].summed if eqn.primitive.name in KEEPS_SUM else None
     return labelled(eqn, labels, summed=summed), None

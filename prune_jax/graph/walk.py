@@ -7,7 +7,7 @@ whole: they are computed as in the original program and cut where they first mee
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,7 @@ class Value:
     labels: list[Label]
     const: Const | None = None
     summed: tuple[list[Label], tuple, tuple[int, ...]] | None = None  # labels and shape of the source, reduced axes
+    parameter: bool = False  # made of parameters (and constants) alone
 
     @property
     def shape(self) -> tuple:
@@ -143,12 +144,36 @@ class Walk:
         self.path: list[JaxprEqn] = []  # the equations being read, from the outermost in
         self.in_derivative = False
         self.costs: list[Callable[[Cut], float]] = []
+        self.made: list[np.ndarray] = []  # elements that weights bring forth, and that weights sum over
+        self.summed: list[np.ndarray] = []
+        self.meetings: list[tuple[int, str]] = []  # an element, and the equation where two activations share it
         self.parameter_of: Callable[[np.ndarray], str] = lambda ids: "?"
 
     def count(self, cost: Callable[[Cut], float]) -> None:
         """Add the FLOPs of one equation of the primal program."""
         if not self.in_derivative:
             self.costs.append(cost)
+
+    def note_product(self, ins: list[Value], contracted: Sequence[Any], free: Sequence[Any]) -> None:
+        """Note for people what a product's weight makes and sums over, or that two activations meet in it."""
+        for v, other, inner, outer in zip(ins, reversed(ins), contracted, free, strict=True):
+            if v.parameter and not other.parameter:
+                self.summed += [x for x in (v.labels[d] for d in inner) if isinstance(x, np.ndarray)]
+                self.made += [x for x in (v.labels[d] for d in outer) if isinstance(x, np.ndarray)]
+        if not ins[0].parameter and not ins[1].parameter:
+            self.note_meeting([ins[0].labels[d] for d in contracted[0]])
+
+    def note_meeting(self, labels: Sequence[Label]) -> None:
+        """Note for people where two activations come to share axes."""
+        if not self.in_derivative:
+            where = f"{self.path[-1].primitive.name} at {self.line()}"
+            self.meetings += [(int(x.flat[0]), where) for x in labels if isinstance(x, np.ndarray)]
+
+    def line(self) -> str:
+        """The user's line that is being read."""
+        # library code traced once keeps no line of the user's: the call it came from does
+        lines = (source_info_util.summarize(e.source_info) for e in reversed(self.path))
+        return next(filter(None, lines), "an unknown line")
 
     def source(self, label: Label) -> tuple[int, int] | None:
         """The parameter leaf and axis whose very own label this is."""
@@ -191,6 +216,8 @@ class Walk:
                 whole = False
                 values = [self.consumed(v) for v in values]
                 outs, run = self.apply(eqn, values)
+                alone = all(v.parameter or v.const for v in values)
+                outs = [dataclasses.replace(v, parameter=True) for v in outs] if alone else outs
             steps.append(Step(eqn, values, outs, run, whole))
             env.update(zip(eqn.outvars, outs, strict=True))
             self.path.pop()
@@ -212,11 +239,8 @@ class Walk:
                 for d in range(len(v.labels)):
                     settle(self.elements, v.labels, d)
             elif moving:
-                # library code traced once keeps no line of the user's: the call it came from does
-                lines = (source_info_util.summarize(e.source_info) for e in reversed(self.path))
-                where = next(filter(None, lines), "an unknown line")
                 raise UnknownPrimitiveError(
-                    f"no rule for primitive {eqn.primitive.name!r} at {where}; "
+                    f"no rule for primitive {eqn.primitive.name!r} at {self.line()}; "
                     f"it is reached by {self.parameter_of(moving[0])}. Pin that parameter (pin=...) or add a rule."
                 )
         return [Value(o.aval, [None] * len(getattr(o.aval, "shape", ()))) for o in eqn.outvars], None

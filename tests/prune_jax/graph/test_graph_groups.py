@@ -202,14 +202,40 @@ def test_unknown_primitive_on_inputs_only_is_no_matter():
 def test_text_and_matrix():
     groups = groups_of("vit_split")
     text = str(groups)
-    assert "[2] width: 4 units in each of 2 groups" in text
-    assert "qkv axis 1: 2 a unit" in text
+    assert "[2] width: 4 units in each of 2 groups, equally many lost in each" in text
+    assert "made by qkv axis 1, 2 places a unit" in text
+    assert "read by proj axis 0\n" in text
+    assert "joined by dot_general at graph_architectures.py" in text  # queries and keys
     names, matrix = groups.matrix()
     assert (matrix == matrix.T).all()
     at = {n: i for i, n in enumerate(names)}
     assert matrix[at["embed:1"], at["head:0"]] == 1
     assert matrix[at["embed:1"], at["proj:0"]] == 0
     assert matrix[at["embed:0"]].sum() == 0
+
+
+def test_the_text_says_what_makes_reads_and_joins_a_width():
+    text = str(groups_of("resnet")).split("\n[")[0].splitlines()
+    assert text[0] == "[0] width: 8 units"
+    assert "    made by params/Conv_{0,2}/kernel axis 3" in text  # layers that differ in a number share a line
+    assert "    read by params/Conv_{1,3,4}/kernel axis 2" in text
+    assert "    along params/BatchNorm_{0,2}/scale axis 0" in text
+    assert text[-1].startswith("    joined by add at graph_architectures.py:")  # the residual, and nothing else
+    assert sum("joined" in line for line in text) == 1
+
+
+def test_table_is_in_program_order():
+    rows = groups_of("scan_over_layers").table()
+    roles = {(row["path"], row["axis"]): (row["role"], row["tie"]) for row in rows}
+    assert roles == {
+        ("embed", 1): ("made by", 0),
+        ("w1", 1): ("read by", 0),
+        ("w1", 2): ("made by", 1),
+        ("w2", 1): ("read by", 1),
+        ("w2", 2): ("made by", 0),
+        ("head", 0): ("read by", 0),
+    }
+    assert [row["path"] for row in rows] == ["embed", "w1", "w1", "w2", "w2", "head"]
 
 
 def test_shapes_suffice():
