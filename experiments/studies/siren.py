@@ -76,7 +76,7 @@ PRESETS = {
         _ROCKET,
         "the rocket photograph at height 128 (report A, Figure 2): derivatives, zoom, extension",
         "3 min on one CPU core",
-        "a fit above 35 dB",
+        "42.5 dB; enlarged to the original's size 27.6 dB, as bicubic (27.7); edges of the Laplacian found again",
     ),
     "complexity": Preset(
         Config(
@@ -240,11 +240,14 @@ def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> Non
     series: dict[str, Any] = {}
     for size, _, part in _parts(config, directory):
         images = logs.read_images(part / "images.jsonl", "reconstructions")
-        for mark in config.marks:
-            name = f"{size} px, {mark} steps"
-            rows[name] = images[mark]
-            captions[name] = [f"mean {metrics[f'psnr_{size}_{width}x{layers}_{mark}']:.2f} dB"]
-        rows[f"original, {size} px"] = originals[size]
+        psnr = {mark: f"{metrics[f'psnr_{size}_{width}x{layers}_{mark}']:.2f} dB" for mark in config.marks}
+        if len(originals[size]) == 1:  # one row a size, from the first steps to the original
+            rows[f"{size} px"] = [*(images[mark][0] for mark in config.marks), originals[size][0]]
+            captions[f"{size} px"] = [*(f"{mark} steps: {text}" for mark, text in psnr.items()), "original"]
+        else:
+            rows |= {f"{size} px, {mark} steps": images[mark] for mark in config.marks}
+            rows[f"{size} px, original"] = originals[size]
+            captions |= {f"{size} px, {mark} steps": [f"mean {text}"] for mark, text in psnr.items()}
         series[f"{size} px"] = logs.curve(logs.read_lines(part / "metrics.jsonl"), "psnr")
     if config.source == "cifar10" and config.sizes == [32]:
         by_steps = table("B", 1)
@@ -254,7 +257,7 @@ def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> Non
         directory / "reconstructions.png",
         title=f"{config.source}: SIREN of {layers} hidden layers of {width} units",
         captions=captions,
-        cell=max(1.1, 4.0 / len(originals[config.sizes[0]])),
+        cell=1.1 if config.images > 1 else 1.9,
     )
     plots.curves(
         series,
