@@ -1,6 +1,7 @@
 """Smaller networks: what to remove, and removing it."""
 
 from prune_jax import graph, models, scores
+from prune_jax.distillation import distillation_loss
 from prune_jax.l1 import L1State, l1_penalty, l1_proximal
 from prune_jax.masks import LayerStatistics, apply_masks, layer_statistics, make_masks, make_nm_masks, sparsity
 from prune_jax.ntk import ntk, ntk_spectrum, ntk_trace
@@ -15,6 +16,7 @@ __all__ = [
     "LayerStatistics",
     "apply_masks",
     "cubic",
+    "distillation_loss",
     "exponential",
     "gradual_pruning",
     "graph",
