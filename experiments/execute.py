@@ -31,6 +31,7 @@ def execute(study_name: str, preset_name: str, asked: Any, options: Options, arg
       and what the study raises.
     """
     started = datetime.now(UTC)
+    runs.git_commit()
     jax.config.update("jax_traceback_filtering", "off")  # an error shows where it really comes from
     for library in ("absl", "asyncio"):  # Orbax's pages about a damaged file or a full disk, which is said in a line
         logging.getLogger(library).setLevel(logging.CRITICAL)

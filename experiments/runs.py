@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -261,7 +262,7 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
 
 def provenance(started: datetime, seconds: float) -> dict[str, Any]:
     """Where a number comes from: time, device, versions, commit."""
-    commit, dirty = _git()
+    commit, dirty = git_commit()
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     return {
         "started": started.isoformat(timespec="seconds"),
@@ -309,7 +310,13 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git() -> tuple[str | None, bool]:
+@functools.cache
+def git_commit() -> tuple[str | None, bool]:
+    """Commit of this code, and whether files differ from it, as it was when first asked: the one that is running.
+
+    Ask before a run starts: long ones outlive the commit that is checked out.
+    """
+
     def git(*arguments: str) -> str:
         root = Path(__file__).resolve().parent
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)

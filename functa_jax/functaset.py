@@ -286,16 +286,7 @@ def load(path: Path, *, model: str | None = None) -> Functaset:
         functaset = Functaset(**arrays, model=about["model"], metadata=about["metadata"])
     except FileNotFoundError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as e:
+    except _DAMAGE as e:
         raise FunctasetError(f"{path} is damaged, or no functaset: {e}") from e
     if model is not None and functaset.model != model:
         raise FunctasetError(f"{path} was made by the model {functaset.model}, not by {model}; make it again")
