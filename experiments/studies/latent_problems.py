@@ -1,9 +1,8 @@
 """The restoration problems of the study `latent-tasks`: what is seen, and who restores it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import jax.numpy as jnp
@@ -125,7 +124,7 @@ def solve(
     Args:
       problem: the problem.
       restorer: the trained Functa.
-      efforts: numbers of steps and penalties to choose from.
+      efforts: numbers of steps, chosen first, with the first of the penalties, and penalties.
       images: clean validation and test images, uint8.
       seed: of the damage.
       log: for the first images, as seen and as restored.
@@ -140,8 +139,13 @@ def solve(
         value = _psnr(images, held_out)
         return value if np.isfinite(value) else -np.inf  # too many steps can diverge
 
-    candidates = [Effort(*pair) for pair in product(*efforts)]
-    effort = max(candidates, key=lambda candidate: score(problem.restore(restorer, observed, candidate)))
+    steps, penalties = efforts
+
+    def best(candidates: list[Effort]) -> Effort:
+        return max(candidates, key=lambda candidate: score(problem.restore(restorer, observed, candidate)))
+
+    effort = best([Effort(count, penalties[0]) for count in steps])
+    effort = best([replace(effort, penalty=penalty) for penalty in penalties])
     method = max(problem.classical, key=lambda name: score(problem.classical[name](observed)))
 
     observed = problem.observe(clean, np.random.default_rng((*seed, 1)))
