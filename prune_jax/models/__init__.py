@@ -3,5 +3,6 @@
 from prune_jax.models.swin import Swin, swin
 from prune_jax.models.vit import ViT, vit
 from prune_jax.models.weights import load_weights
+from prune_jax.models.widths import narrow
 
-__all__ = ["Swin", "ViT", "load_weights", "swin", "vit"]
+__all__ = ["Swin", "ViT", "load_weights", "narrow", "swin", "vit"]

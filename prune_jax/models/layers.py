@@ -132,6 +132,9 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
+BLOCK_WIDTHS = ("heads", "qk_dim", "v_dim", "mlp_hidden", "scale")  # set for each block, in the order of fill_widths
+
+
 def each_layer(name: str, value: Any, depth: int) -> tuple:
     """A setting as one value a layer.
 
@@ -146,7 +149,7 @@ def each_layer(name: str, value: Any, depth: int) -> tuple:
 
 
 def fill_widths(
-    width: int, scale: float | None, heads: int, qk_dim: int | None, v_dim: int | None, mlp_hidden: int | None
+    width: int, heads: int, qk_dim: int | None, v_dim: int | None, mlp_hidden: int | None, scale: float | None
 ) -> dict[str, Any]:
     """The widths of one block, with the published defaults where they are None.
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from jax import Array
 
 from prune_jax.models.layers import (
+    BLOCK_WIDTHS,
     Attention,
     Gelu,
     Mlp,
@@ -152,7 +153,7 @@ class Swin(nn.Module):
       qk_dim: query and key channels of a head, one number or for each stage as `heads`; None is width / heads.
       v_dim: value channels of a head, likewise.
       mlp_hidden: hidden channels of the MLP, likewise; None is 4 width.
-      scale: factor on the attention logits; None is qk_dim ** -0.5. A pruned model keeps that of the dense one.
+      scale: factor on the attention logits, likewise; None is qk_dim ** -0.5. A pruned model keeps the dense one's.
       gelu: "exact" (as published) or "tanh".
       dropout: rate after embedding, attention and MLP layers, in training (rng "dropout").
       drop_path: stochastic depth; the rate of the last block, in training.
@@ -175,7 +176,7 @@ class Swin(nn.Module):
     qk_dim: int | Sequence[int | Sequence[int]] | None = None
     v_dim: int | Sequence[int | Sequence[int]] | None = None
     mlp_hidden: int | Sequence[int | Sequence[int]] | None = None
-    scale: float | None = None
+    scale: float | Sequence[float | Sequence[float]] | None = None
     gelu: Gelu = "exact"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -196,11 +197,11 @@ class Swin(nn.Module):
     @property
     def block_widths(self) -> list[list[dict[str, Any]]]:
         """For each stage, each block's width, heads, qk_dim, v_dim, mlp_hidden and scale, defaults filled in."""
-        names = ("heads", "qk_dim", "v_dim", "mlp_hidden")
         stages = []
         for stage, width in enumerate(self.widths):
-            blocks = zip(*(self._in_stage(name, stage) for name in names), strict=True)
-            stages.append([fill_widths(width, self.scale, **dict(zip(names, x, strict=True))) for x in blocks])
+            settings = {name: self._in_stage(name, stage) for name in BLOCK_WIDTHS}
+            blocks = ({name: x[b] for name, x in settings.items()} for b in range(self.depths[stage]))
+            stages.append([fill_widths(width, **block) for block in blocks])
         return stages
 
     def setup(self) -> None:

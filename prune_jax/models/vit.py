@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 from jax import Array
 
 from prune_jax.models.layers import (
+    BLOCK_WIDTHS,
     Attention,
     Gelu,
     Mlp,
@@ -122,7 +123,7 @@ class ViT(nn.Module):
       qk_dim: query and key channels of a head, one number or one a layer; None is width / heads.
       v_dim: value channels of a head, likewise.
       mlp_hidden: hidden channels of the MLP, one number or one a layer; None is 4 width.
-      scale: factor on the attention logits; None is qk_dim ** -0.5. A pruned model keeps that of the dense one.
+      scale: factor on the attention logits, likewise; None is qk_dim ** -0.5. A pruned model keeps the dense one's.
       pool: what the head sees: "token" (class token) or "mean" (of the patches; there is no class token).
       distilled: adds a distillation token with a head of its own; the logits are the mean of both.
       registers: tokens without position that only take part in attention.
@@ -153,7 +154,7 @@ class ViT(nn.Module):
     qk_dim: int | Sequence[int] | None = None
     v_dim: int | Sequence[int] | None = None
     mlp_hidden: int | Sequence[int] | None = None
-    scale: float | None = None
+    scale: float | Sequence[float] | None = None
     pool: Literal["token", "mean"] = "token"
     distilled: bool = False
     registers: int = 0
@@ -184,9 +185,8 @@ class ViT(nn.Module):
     @property
     def block_widths(self) -> list[dict[str, Any]]:
         """Each block's width, heads, qk_dim, v_dim, mlp_hidden and scale, with the defaults filled in."""
-        names = ("heads", "qk_dim", "v_dim", "mlp_hidden")
-        layers = zip(*(each_layer(name, getattr(self, name), self.depth) for name in names), strict=True)
-        return [fill_widths(self.width, self.scale, **dict(zip(names, x, strict=True))) for x in layers]
+        settings = {name: each_layer(name, getattr(self, name), self.depth) for name in BLOCK_WIDTHS}
+        return [fill_widths(self.width, **{name: x[i] for name, x in settings.items()}) for i in range(self.depth)]
 
     def setup(self) -> None:
         """Declares the parts."""

@@ -1,0 +1,141 @@
+"""Costs: against counts by hand, brute force over zero weights, and XLA's own analysis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from prune_jax import apply_masks, count_parameters, flops, latency, make_masks, scores
+from prune_jax.models import Swin, ViT
+
+
+def by_xla(fn, *args):
+    return jax.jit(fn).lower(*args).cost_analysis()["flops"]
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [
+        (lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (shape(3, 4, 5), shape(3, 6, 5))),
+        (lambda a, b: jnp.einsum("ij,kl->ijkl", a, b), (shape(2, 3), shape(4, 5))),
+        (lambda x, k: lax.conv(x, k, (2, 2), "VALID"), (shape(2, 3, 9, 8), shape(5, 3, 3, 2))),
+        (
+            lambda x, k: lax.conv_general_dilated(x, k, (1,), "VALID", feature_group_count=3),
+            (shape(2, 6, 9), shape(12, 2, 3)),
+        ),
+    ],
+)
+def test_products_count_as_xla_counts_them(fn, args):
+    assert flops(fn, *args) == by_xla(fn, *args)
+
+
+@pytest.mark.parametrize(
+    ("model", "image"),
+    [
+        (ViT(num_classes=10, image_size=64, patch=8, width=192, depth=2, heads=3), 64),
+        (Swin(num_classes=10, width=96, depths=(2, 2), heads=(3, 6), window=4), 64),
+    ],
+)
+def test_whole_models_within_a_few_percent_of_xla(model, image):
+    images = shape(2, image, image, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    ours, xla = flops(model.apply, variables, images), by_xla(model.apply, variables, images)
+    assert ours <= xla <= 1.1 * ours  # XLA counts softmax, norms and GELU too
+
+
+def test_vit_b_by_the_paper():
+    model = ViT(num_classes=1000)
+    variables = jax.eval_shape(model.init, jax.random.key(0), shape(1, 224, 224, 3))
+    assert count_parameters(variables) == 86_567_656
+    assert round(flops(model.apply, variables, shape(1, 224, 224, 3)) / 2e9, 1) == 17.6  # multiply-adds, DeiT's table
+
+
+def test_scan_counts_each_step_and_cond_the_dearest_branch():
+    w = shape(4, 4)
+    x = shape(2, 4)
+    once = 2 * 2 * 4 * 4
+    assert flops(lambda w, x: lax.scan(lambda h, _: (h @ w, None), x, None, length=7)[0], w, x) == 7 * once
+    assert flops(lambda w, x: lax.fori_loop(0, 5, lambda i, h: h @ w, x), w, x) == 5 * once
+    assert flops(lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), w, x) == 2 * once
+    assert flops(jax.checkpoint(jax.jit(lambda w, x: jnp.tanh(x @ w))), w, x) == once
+    with pytest.raises(ValueError, match="inside a 'while'"):
+        flops(lambda w, x: lax.while_loop(lambda h: h[0, 0] < 1, lambda h: h @ w, x), w, x)
+
+
+def test_masked_weights_leave_the_count():
+    rng = np.random.default_rng(0)
+    params = {
+        "a": rng.random((3, 4, 5)),
+        "k": rng.random((2, 2, 5, 3)),
+        "stack": rng.random((3, 6, 6)),
+        "free": np.eye(6),
+    }
+    masks = jax.tree.map(lambda x: x > 0.6, params) | {"free": None}
+
+    def net(p, x):  # the weights pass through a reshape, a transpose, a slice, a cast and a scan
+        h = x @ p["a"].transpose(1, 2, 0).reshape(4, 15)[:, 1:].astype(jnp.float32)
+        image = jnp.einsum("bi,hwio->bhwo", h[:, :5], p["k"])
+        y = image.reshape(image.shape[0], -1)[:, :6]
+        return lax.scan(lambda y, w: (y @ (2 * w), None), y, p["stack"])[0] @ p["free"]
+
+    x = shape(7, 4)
+    a = masks["a"].transpose(1, 2, 0).reshape(4, 15)[:, 1:].sum()
+    kept = a + masks["k"].sum() + masks["stack"].sum() + 36
+    assert flops(net, params, x, masks=masks) == 2 * 7 * kept
+    whole = jax.tree.map(np.ones_like, params, is_leaf=None)
+    everything = jax.tree.map(lambda m: m.astype(bool), whole)
+    assert flops(net, params, x, masks=everything) == flops(net, params, x)
+
+
+def test_two_masked_factors_meet_where_both_are_kept():
+    rng = np.random.default_rng(1)
+    params = {"a": rng.random((2, 3, 4)), "b": rng.random((2, 4, 5))}
+    masks = jax.tree.map(lambda x: x > 0.5, params)
+    pairs = sum(masks["a"][b, i, k] and masks["b"][b, k, j] for b, i, j, k in np.ndindex(2, 3, 5, 4))
+    assert flops(lambda p: jnp.einsum("bik,bkj->bij", p["a"], p["b"]), params, masks=masks) == 2 * pairs
+
+
+def test_masked_convolution():
+    kernel = np.random.default_rng(2).random((3, 3, 4, 5))
+    mask = kernel > 0.7
+    conv = lambda k, x: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    assert flops(conv, kernel, shape(2, 6, 6, 4), masks=mask) == 2 * 2 * 36 * mask.sum()
+
+
+def test_make_masks_at_half_sparsity_halves_the_kernels_flops():
+    params = {"a": jnp.linspace(1.0, 2.0, 48).reshape(6, 8), "b": jnp.linspace(3.0, 4.0, 16).reshape(8, 2)}
+    masks = make_masks(scores.magnitude(params), 0.5, scope="local")
+    net = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    x = shape(3, 6)
+    assert flops(net, params, x, masks=masks) * 2 == flops(net, params, x)
+    masked = apply_masks(params, masks)
+    assert count_parameters(params, masks) == sum(int((x != 0).sum()) for x in jax.tree.leaves(masked))
+
+
+def test_masks_of_another_tree():
+    with pytest.raises(ValueError, match="masks"):
+        flops(lambda p: p["a"] @ p["a"], {"a": np.eye(3)}, masks={"b": np.eye(3) > 0})
+    with pytest.raises(ValueError, match="masks"):
+        count_parameters({"a": np.eye(3)}, {"a": np.ones(3, bool)})
+
+
+def test_latency_measures_calls_and_compilation():
+    calls = []
+
+    def slow(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return x + 1
+
+    times = latency(slow, jnp.ones(3), repeats=4, warmup=2)
+    jax.effects_barrier()
+    assert len(calls) == 6
+    assert len(times.seconds) == 4
+    assert min(times.seconds) <= times.low <= times.median <= times.high <= max(times.seconds)
+    assert times.compile > 0
+    with pytest.raises(ValueError, match="repeats"):
+        latency(slow, 1.0, repeats=0)
