@@ -1,11 +1,8 @@
 """Smaller networks: what to remove, and removing it."""
 
 from prune_jax import graph, models, scores
-<<<<<<< HEAD
-from prune_jax.distillation import distillation_loss
-=======
 from prune_jax.costs import Latency, count_parameters, flops, latency
->>>>>>> c1d2a0f (Costs from the jaxpr: parameters, FLOPs dense, masked and cut, latency; a pruned ViT or Swin as an ordinary module)
+from prune_jax.distillation import distillation_loss
 from prune_jax.l1 import L1State, l1_penalty, l1_proximal
 from prune_jax.masks import LayerStatistics, apply_masks, layer_statistics, make_masks, make_nm_masks, sparsity
 from prune_jax.ntk import ntk, ntk_spectrum, ntk_trace
