@@ -53,7 +53,7 @@ def _table(config: Any, arms: Records) -> dict[str, Any]:
     images = f" (cuts: its first {config.cut_images} images)" if config.cut_images else ""
     seeds = f", mean ± sample standard deviation of {config.seeds} seeds" if config.seeds > 1 else ""
     return {
-        "title": f"{config.model} on {config.dataset}, test split{images}{seeds}; cut along the path, else by magnitude",
+        "title": f"{config.model} on {config.dataset}, test split{images}{seeds}; cut by path, else by magnitude",
         "columns": ["quantity", *(TITLES[arm] for arm in arms)],
         "rows": rows,
     }
