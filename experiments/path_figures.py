@@ -23,19 +23,19 @@ def log_arrays(directory: Path, step: int, arrays: Mapping[str, np.ndarray]) -> 
     """
     log = logs.Log(directory, step)
     for name, array in arrays.items():
-        log.images(step, name, (_kernels(array) if name.startswith("kernels") else _features(array))[None])
+        shown = _kernels(array, arrays["kernels W"]) if name.startswith("kernels") else _features(array)
+        log.images(step, name, shown[None])
     log.close()
 
 
-def _kernels(kernel: np.ndarray) -> np.ndarray:
-    """Every filter by the slice of its strongest input channel, strongest filter first; a dense kernel as it is."""
+def _kernels(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Every filter by the slice of its strongest input channel in `weights`, whose strongest filter comes first."""
     if kernel.ndim == 2:
         return plots.diverging(kernel, np.abs(kernel).max())
-    filters = np.moveaxis(kernel, (3, 2), (0, 1))  # (filters, channels, height, width)
-    strongest = np.argmax(np.square(filters).sum((2, 3)), axis=1)
-    slices = filters[np.arange(len(filters)), strongest]
-    order = np.argsort(-np.square(filters).sum((1, 2, 3)), kind="stable")
-    return plots.mosaic(plots.diverging(slices[order], np.abs(slices).max()))
+    strength = np.square(weights).sum((0, 1))  # (channels, filters)
+    filters = np.argsort(-strength.sum(0), kind="stable")
+    slices = kernel[:, :, strength.argmax(0)[filters], filters]
+    return plots.mosaic(plots.diverging(np.moveaxis(slices, -1, 0), np.abs(slices).max()))
 
 
 def _features(maps: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ class Config:
     seed: int = 0
     seeds: int = 3
     arms: tuple[Arm, ...] = ("sgd", "proximal", "dessilbi", "adam", "dessilbi-adam")
-    epochs: int = 6
+    epochs: int = 8
     batch_size: int = 128
     learning_rate: float = 0.05
     adam_rate: float = 2e-3
@@ -80,9 +80,9 @@ class Config:
     weight_decay: float = 0.0
     kappa: float = 1.0
     mu: float = 50.0
-    adam_mu: float = 1.0
-    dense: float = 1.0
-    strength: float = 1e-3
+    adam_mu: float = 2.0
+    dense: float = 0.1
+    strength: float = 0.02
     label_smoothing: float = 0.0
     augment: bool = False
     prune: tuple[str, ...] = ("conv3", "conv3+fc1")

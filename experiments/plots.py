@@ -1,5 +1,6 @@
 """Figures, drawn from what a run logged and nothing else."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,12 +219,13 @@ def panels(
                 axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         for (name, (x, y)), shape in zip((marks or {}).get(panel, {}).items(), "sD^v", strict=False):
             (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=_MUTED, markersize=5)
-        axis.set_ylim(*y_limits)
         axis.grid(axis="y", color=_GRID, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(panel, fontsize=9, color=_INK, loc="left")
         axis.set_xlabel(x_label, color=_INK)
     axes[0].set_ylabel(y_label, color=_INK)
+    if y_limits != (None, None):
+        axes[0].set_ylim(*y_limits)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, color=_INK, x=0.01, ha="left")
     save(figure, path)
@@ -252,7 +254,7 @@ def pictures(grid: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, title:
             if row == next(iter(grid)):
                 axis.set_title(column, fontsize=9, color=_INK)
         axes[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
-    figure.suptitle(title, fontsize=10, color=_INK)
+    figure.suptitle("\n".join(textwrap.wrap(title, round(14 * size[0]))), fontsize=10, color=_INK)
     save(figure, path)
 
 

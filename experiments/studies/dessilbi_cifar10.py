@@ -23,7 +23,6 @@ _VGG_A = Config(
     learning_rate=0.03,
     momentum=0.9,
     mu=20.0,
-    dense=0.1,
     augment=True,
     label_smoothing=0.05,
     fractions=(0.0, 0.2, 0.4, 0.6, 0.8),
