@@ -79,8 +79,8 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 0.0
     kappa: float = 1.0
-    mu: float = 50.0
-    adam_mu: float = 2.0
+    mu: float = 30.0
+    adam_mu: float = 1.25
     dense: float = 0.1
     strength: float = 0.02
     label_smoothing: float = 0.0
