@@ -51,8 +51,8 @@ def axis_table(groups: Groups) -> list[dict]:
         for place, atom in enumerate(eqn.invars):
             if isinstance(atom, Var) and atom in names:
                 first.setdefault(names[atom], (i, place))
-    rows = {(m.path, m.axis, g.tie): _role(groups, m) for g in groups for m in g.members}
-    found = [{"path": p, "axis": a, "role": role, "tie": tie} for (p, a, tie), role in rows.items()]
+    rows = {(m.path, m.axis, g.tie, g.kind): _role(groups, m) for g in groups for m in g.members}
+    found = [{"path": p, "axis": a, "role": role, "tie": t, "kind": k} for (p, a, t, k), role in rows.items()]
     return sorted(found, key=lambda row: (first[row["path"]], row["axis"], row["tie"]))
 
 

@@ -88,9 +88,9 @@ class Groups:
         """Which parameter axis belongs to which tie and in which role, in the order of the program.
 
         Returns:
-            Plain dicts with ``path``, ``axis``, ``role`` and ``tie``. The role is "made by" (the axis of a weight that
-            brings the units forth: f^out of equation 7), "read by" (the axis that is summed over: f^in) or "along"
-            (biases, scales, positions: f^in and f^out at once).
+            Plain dicts with ``path``, ``axis``, ``role``, ``tie`` and the group's ``kind``. The role is "made by" (the
+            axis of a weight that brings the units forth: f^out of equation 7), "read by" (the axis that is summed over:
+            f^in) or "along" (biases, scales, positions: f^in and f^out at once).
         """
         return axis_table(self)
 
