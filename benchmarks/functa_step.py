@@ -1,6 +1,6 @@
 """One meta-learning step of Functa beside the same step of published implementations, taking turns in one run.
 
-    python -m benchmarks.functa_step [--peers-dir FOLDER] [--out FILE.json]
+    python -m benchmarks.functa_step [--spatial] [--peers-dir FOLDER] [--out FILE.json]
 
 prints for every competitor: seconds a step, the ratio to ours of the same order, matmul work by the cost model, the
 rate that makes, and its fraction of the rate that bare float32 matmuls reach in the same run. README.md says where the
@@ -20,10 +20,7 @@ from pathlib import Path
 
 from benchmarks.ours import SQUARE
 from benchmarks.provenance import commit, provenance
-from benchmarks.turns import ROOT, Setting, Worker
-
-F = Setting().forward_flops
-PRODUCT = 2 * Setting().points * Setting().width ** 2  # one hidden layer's matmul
+from benchmarks.turns import ROOT, SPATIAL, Setting, Worker
 
 
 @dataclass(frozen=True)
@@ -38,23 +35,38 @@ class Row:
     folder: str = ""  # its checkout inside the peers' folder
 
 
-STEPS = (
-    Row("ours, second order", "ours", "second-order", 21 * F, "second-order"),
-    Row("ours, first order", "ours", "first-order", 9 * F, "first-order"),
-    Row("DeepMind functa", "peers", "deepmind", 28 * F, "second-order", "functa"),
-    Row("DeepMind functa, not logging", "peers", "deepmind-no-log", 21 * F, "second-order", "functa"),
-    Row("COIN++", "peers", "coinpp", 21 * F, "second-order", "coinpp"),
-    Row("MedFuncta", "peers", "medfuncta", 21 * F, "second-order", "medfuncta"),
-    Row("report A, SGD inside", "peers", "report-a", 9 * F, "first-order", "report_a"),
-    Row("report A, meta-SGD", "peers", "report-a-meta-sgd", 14 * F, "first-order", "report_a"),
-)
-MATMULS = (
-    Row("XLA, layer", "ours", "matmul", 20 * PRODUCT),
-    Row("PyTorch, layer", "peers", "matmul", 20 * PRODUCT),
-    Row("XLA, weight gradient", "ours", "matmul-gradient", 20 * PRODUCT),
-    Row(f"XLA, {SQUARE} square", "ours", "matmul-square", 2 * 2 * SQUARE**3),
-)
-LAYER = (MATMULS[0].title, MATMULS[1].title)  # the faster of these is the machine's rate
+def steps(s: Setting) -> tuple[Row, ...]:
+    """The meta-learning steps of a setting; their work in units of F, the matmul FLOPs of one forward pass."""
+    f = s.forward_flops
+    ours = (
+        Row("ours, second order", "ours", "second-order", 21 * f, "second-order"),
+        Row("ours, first order", "ours", "first-order", 9 * f, "first-order"),
+    )
+    if s.grid:
+        return (*ours, Row("spatial_functa", "peers", "spatial-functa", 21 * f, "second-order", "spatial_functa"))
+    return (
+        *ours,
+        Row("DeepMind functa", "peers", "deepmind", 28 * f, "second-order", "functa"),
+        Row("DeepMind functa, not logging", "peers", "deepmind-no-log", 21 * f, "second-order", "functa"),
+        Row("COIN++", "peers", "coinpp", 21 * f, "second-order", "coinpp"),
+        Row("MedFuncta", "peers", "medfuncta", 21 * f, "second-order", "medfuncta"),
+        Row("report A, SGD inside", "peers", "report-a", 9 * f, "first-order", "report_a"),
+        Row("report A, meta-SGD", "peers", "report-a-meta-sgd", 14 * f, "first-order", "report_a"),
+    )
+
+
+LAYER = ("XLA, layer", "PyTorch, layer")  # the faster of these is the machine's rate
+
+
+def matmuls(s: Setting) -> tuple[Row, ...]:
+    """Bare matmuls at the step's shapes, 20 of one hidden layer, and a large one."""
+    product = 2 * s.points * s.width**2
+    return (
+        Row(LAYER[0], "ours", "matmul", 20 * product),
+        Row(LAYER[1], "peers", "matmul", 20 * product),
+        Row("XLA, weight gradient", "ours", "matmul-gradient", 20 * product),
+        Row(f"XLA, {SQUARE} square", "ours", "matmul-square", 2 * 2 * SQUARE**3),
+    )
 
 
 def start(row: Row, setting: Setting, python: str, peers: Path | None) -> Worker:
@@ -125,6 +137,7 @@ def main() -> None:
     """Measure, print, and write the JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     environment = os.environ.get
+    parser.add_argument("--spatial", action="store_true", help="a grid of latents, on images of 32x32x3")
     parser.add_argument("--peers-dir", type=Path, default=environment("COMPACT_JAX_PEERS"), help="COMPACT_JAX_PEERS")
     parser.add_argument(
         "--peers-python",
@@ -140,15 +153,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     flags = parser.parse_args()
 
-    chosen = [row for row in STEPS if flags.only is None or row.title.startswith(tuple(flags.only))]
+    setting = dataclasses.replace(SPATIAL if flags.spatial else Setting(), microbatch=flags.microbatch)
+    every = steps(setting)
+    chosen = [row for row in every if flags.only is None or row.title.startswith(tuple(flags.only))]
     if not chosen:
-        parser.error(f"--only {' '.join(flags.only)} fits none of: {', '.join(row.title for row in STEPS)}")
-    rows = [*chosen, *MATMULS]
+        parser.error(f"--only {' '.join(flags.only)} fits none of: {', '.join(row.title for row in every)}")
+    rows = [*chosen, *matmuls(setting)]
     record = provenance(flags.peers_python)
     if record["load_at_start"] > 0.5:
         print(f"the machine is busy (load {record['load_at_start']:.1f}): neither times nor ratios will mean much")
-    setting = Setting(microbatch=flags.microbatch)
-    record["setting"] = dataclasses.asdict(setting) | {"forward_gflops": F / 1e9}
+    record["setting"] = dataclasses.asdict(setting) | {"forward_gflops": setting.forward_flops / 1e9}
     if flags.peers_dir:
         folders = sorted({row.folder for row in chosen if row.folder})
         record["peers_commits"] = {folder: commit(flags.peers_dir / folder) for folder in folders}

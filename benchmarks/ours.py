@@ -20,9 +20,10 @@ from benchmarks.turns import Setting, turns
 
 def functa(clock: Iterator[None], s: Setting, second_order: bool = True) -> None:
     """`meta_step`: gradient of `meta_loss` for weights and meta-SGD rates, and Adam; jitted, state donated."""
-    model = functa_jax.ModulatedSiren(width=s.width, depth=s.depth, out_features=s.channels, w0=s.w0)
+    network = functa_jax.SpatialModulatedSiren if s.grid else functa_jax.ModulatedSiren
+    model = network(width=s.width, depth=s.depth, out_features=s.channels, w0=s.w0)
     coords = functa_jax.coordinate_grid((s.size, s.size)).reshape(-1, 2)
-    latent = jnp.zeros(s.latent)
+    latent = jnp.zeros((s.grid, s.grid, s.latent) if s.grid else s.latent)
     optimizer = optax.adam(3e-6)
 
     def loss(params, coords, targets):
@@ -31,7 +32,7 @@ def functa(clock: Iterator[None], s: Setting, second_order: bool = True) -> None
 
     step = jax.jit(functa_jax.meta_step(loss, optimizer, microbatch=s.microbatch), donate_argnums=0)
     targets = jax.random.uniform(jax.random.key(1), (s.batch, s.size**2, s.channels))
-    state = functa_jax.init_meta(model.init(jax.random.key(0), coords, latent), jnp.full(s.latent, 1e-2), optimizer)
+    state = functa_jax.init_meta(model.init(jax.random.key(0), coords, latent), jnp.full(latent.shape, 1e-2), optimizer)
     for _ in clock:
         state, metrics = step(state, coords, targets)
         jax.block_until_ready((state, metrics))

@@ -179,6 +179,77 @@ def report_a(clock: Iterator[None], peers: Path, s: Setting, meta_sgd: bool = Fa
         learn(net, None, 1, s.batch, summary_step=sys.maxsize, **shape)
 
 
+def spatial_functa(clock: Iterator[None], peers: Path, s: Setting) -> None:
+    """spatial_functa: `Trainer.train_step` under pmap; meta-SGD, second order, Adam."""
+    import jax
+
+    class Config(SimpleNamespace):
+        """As much of ml_collections' ConfigDict as its trainer uses."""
+
+        def get(self, name: str, default: object = None) -> object:
+            return getattr(self, name, default)
+
+        def unlock(self) -> None:
+            pass
+
+        lock = unlock
+
+    _stand_in("wandb")
+    _stand_in("ml_collections")
+    _stand_in("ml_collections.config_dict", ConfigDict=Config)
+    sys.path.insert(0, str(peers / "spatial_functa"))
+    from spatial_functa import SIREN, LatentVector
+    from spatial_functa.grad_acc import Batch
+    from spatial_functa.trainer import Trainer
+
+    model = SIREN(
+        input_dim=s.size**2,
+        image_width=s.size,
+        image_height=s.size,
+        num_layers=s.depth,
+        hidden_dim=s.width,
+        output_dim=s.channels,
+        latent_dim=s.latent,
+        latent_spatial_dim=s.grid,
+        omega_0=s.w0,
+        modulation_hidden_dim=s.width,
+        modulation_num_layers=0,
+        learn_lrs=True,
+        latent_lr_shape=(s.grid, s.grid, 1),
+        scale_modulate=False,
+        shift_modulate=True,
+        interpolation_type="1-NN",
+    )
+    centres = (jax.numpy.arange(s.size) + 0.5) / s.size
+    grid = jax.numpy.stack(jax.numpy.meshgrid(centres, centres), axis=-1)
+    batch = Batch(
+        inputs=jax.numpy.broadcast_to(grid, (s.batch, *grid.shape)),
+        targets=jax.random.uniform(jax.random.PRNGKey(1), (s.batch, s.size, s.size, s.channels)),
+        labels=jax.numpy.zeros(s.batch, int),
+    )
+    config = Config(
+        train=Config(
+            checkpointing=Config(checkpoint_dir_name="none"),
+            num_steps=1,
+            log_steps=None,
+            inner_learning_rate=1e-2,
+            inner_lr_multiplier=1.0,
+            inner_steps=s.inner_steps,
+        ),
+        valid=None,
+        dataset=Config(resolution=s.size, num_channels=s.channels),
+        model=Config(interpolation_type="1-NN", latent_spatial_dim=s.grid),
+        scheduler=Config(lr=3e-6),
+    )
+    trainer = Trainer(
+        model, LatentVector(s.latent, s.grid), batch, config, [batch], [], num_devices=1, experiment_dir=Path()
+    )
+    batch = trainer.process_batch(batch)
+    for _ in clock:
+        trainer.state, metrics, images = trainer.train_step(trainer.latent_params, trainer.state, batch)
+        jax.block_until_ready((trainer.state, metrics, images))
+
+
 def matmul(clock: Iterator[None], peers: Path, s: Setting, calls: int = 20) -> None:
     """PyTorch's own float32 matmul at the step's shape, `calls` of them a step."""
     import torch
@@ -198,6 +269,7 @@ PEERS: dict[str, Callable] = {
     "medfuncta": medfuncta,
     "report-a": report_a,
     "report-a-meta-sgd": functools.partial(report_a, meta_sgd=True),
+    "spatial-functa": spatial_functa,
     "matmul": matmul,
 }
 
