@@ -50,7 +50,7 @@ class Options:
       runs_dir: folder of all runs.
       run_name: name of the run's folder, instead of PRESET-SEED.
       tensorboard: also write TensorBoard event files.
-      data_dir: TFDS data directory, instead of TFDS_DATA_DIR.
+      data_dir: TFDS data directory, instead of TFDS_DATA_DIR; for the data set "folder", the folder of pictures.
       distributed: "auto" joins the processes of a Slurm or TPU job, as the environment describes it.
       coordinator_address: HOST:PORT of process 0, to join processes by hand.
       num_processes: number of processes, with coordinator_address.

@@ -119,7 +119,7 @@ def load(name: str, split: str = "train", *, data_dir: Path | None = None) -> Sp
     whole = _digits(official) if name == "digits" else _tfds(name, official, data_dir)
     if split in ("test", "train+validation"):
         return whole
-    held_out = _hold_out(len(whole.labels), len(whole.labels) // 10)
+    held_out = hold_out(len(whole.labels), len(whole.labels) // 10)
     chosen = held_out if split == "validation" else ~held_out
     return Split(whole.images[chosen], whole.labels[chosen])
 
@@ -185,7 +185,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}{hint} (one of: {', '.join(choices)})")
 
 
-def _hold_out(count: int, size: int) -> np.ndarray:
+def hold_out(count: int, size: int) -> np.ndarray:
     """Returns a mask of `count` with `size` of them True, the same ones for ever."""
     keys = np.random.PCG64(HELD_OUT_SEED).random_raw(count)
     mask = np.zeros(count, bool)
@@ -202,7 +202,7 @@ def _digits(official: str) -> Split:
     test = np.zeros(len(labels), bool)
     for label in range(10):
         members = np.flatnonzero(labels == label)
-        test[members] = _hold_out(len(members), _DIGITS_TEST_PER_CLASS)
+        test[members] = hold_out(len(members), _DIGITS_TEST_PER_CLASS)
     chosen = test if official == "test" else ~test
     return Split(images[chosen], labels[chosen])
 

@@ -129,15 +129,28 @@ def check_config(directory: Path, config: Any) -> None:
     Raises:
       RunError: the folder belongs to a run with another config; shows the differing fields. Or its file is damaged.
     """
-    asked = as_json(config)
-    path = directory / "config.json"
+    check_unchanged(directory / "config.json", as_json(config), other="another config")
+
+
+def check_unchanged(path: Path, asked: dict[str, Any], *, other: str) -> None:
+    """As `check_config`, for anything else that decides the result.
+
+    Args:
+      path: a JSON file in the run's folder, where it is kept.
+      asked: what it is now.
+      other: how the message names another one.
+
+    Raises:
+      RunError: the run had another one; shows the differing fields. Or its file is damaged.
+    """
+    directory = path.parent
     saved = any(path.name.isdigit() for path in directory.glob("**/checkpoints/*"))
     begun = saved or (directory / "result.json").exists()
     if begun and path.exists():
         lines = differences(asked, _read_json(path, hint="delete it to write it anew"))
         if lines:
             raise RunError(
-                f"{directory} holds a run with another config:\n  " + "\n  ".join(lines) + "\n"
+                f"{directory} holds a run with {other}:\n  " + "\n  ".join(lines) + "\n"
                 "give this run another folder with --run-name, or delete that one"
             )
     elif jax.process_index() == 0:

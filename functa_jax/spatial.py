@@ -16,6 +16,7 @@ from functa_jax.modulation import LatentToModulation, Modulate, as_batch, modula
 from functa_jax.siren import Dense, frequencies
 
 Interpolation = Literal["nearest", "bilinear"]
+Coordinates = Literal["image", "cell"]
 
 
 class SpatialModulatedSiren(nn.Module):
@@ -23,8 +24,7 @@ class SpatialModulatedSiren(nn.Module):
 
     A convolution makes the modulations of each cell from the latents there (kernel size 1) or from those of its
     neighbours too (3). They are interpolated at the points, and the layers are those of `ModulatedSiren`:
-    a = h W_l + b_l; a = scale_l(x) * a + shift_l(x); h = sin(w0 a). The network still reads x itself, so that cells can
-    differ by nothing but their latents.
+    a = h W_l + b_l; a = scale_l(x) * a + shift_l(x); h = sin(w0 a).
 
     Attributes:
       width: units in each hidden layer.
@@ -37,6 +37,8 @@ class SpatialModulatedSiren(nn.Module):
       interpolation: "nearest" (the paper): a point has the modulations of its cell; "bilinear": between those of the
         four nearest centres of cells. Points outside the square have those of the border.
       kernel_size: 1 or 3, of the convolution; beyond the border latents count as 0.
+      coordinates: what the network reads: "image", a point's position in the image, or "cell", that in its cell,
+        [-1, 1] across each, so that all cells are drawn by one function and a latent means the same everywhere.
       offset: constant added to the output (0.5 centres images in [0, 1]).
       compute_dtype: dtype of the big matmuls (e.g. jnp.bfloat16); None keeps float32.
 
@@ -61,6 +63,7 @@ class SpatialModulatedSiren(nn.Module):
     modulation_scale: float = 1.0
     interpolation: Interpolation = "nearest"
     kernel_size: int = 1
+    coordinates: Coordinates = "image"
     offset: float = 0.5
     compute_dtype: jnp.dtype | None = None
 
@@ -81,6 +84,8 @@ class SpatialModulatedSiren(nn.Module):
         """
         if self.interpolation not in ("nearest", "bilinear"):
             raise ValueError(f"interpolation must be 'nearest' or 'bilinear', got {self.interpolation!r}")
+        if self.coordinates not in ("image", "cell"):
+            raise ValueError(f"coordinates must be 'image' or 'cell', got {self.coordinates!r}")
         if self.kernel_size not in (1, 3):
             raise ValueError(f"kernel_size must be 1 or 3, got {self.kernel_size}")
         points, latents = as_batch(coords, latent, ("h", "w", "c"))
@@ -93,6 +98,9 @@ class SpatialModulatedSiren(nn.Module):
         scale, shift = to_modulation(latents if self.kernel_size == 1 else neighbours(latents))
         interpolate = _nearest if self.interpolation == "nearest" else _bilinear
         at_points = interpolate(points, latents.shape[1:3])
+        if self.coordinates == "cell":
+            cells = _cells(points, latents.shape[1:3])
+            points = (points + 1) * _sizes(points, latents.shape[1:3]) - 2 * cells - 1
         h = modulated_sines(points, w0s, self.width, scale, shift, at_points, self.compute_dtype)
         y = Dense(self.out_features, w0s[-1], compute_dtype=self.compute_dtype, name="output")(h) + self.offset
         return y.reshape(*coords.shape[:-1], self.out_features) if latent.ndim == 3 else y
@@ -106,10 +114,19 @@ def neighbours(latents: Array) -> Array:
     return jnp.concatenate(shifted, axis=-1)
 
 
+def _sizes(points: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.asarray(shape, points.dtype).reshape((1,) * (points.ndim - 1) + (2,))
+
+
+def _cells(points: Array, shape: tuple[int, ...]) -> Array:
+    """Row and column of the cell of each point, of the nearest one for points outside; whole numbers as floats."""
+    sizes = _sizes(points, shape)
+    return jnp.clip(jnp.floor((points + 1) * (sizes / 2)), 0, sizes - 1)
+
+
 def _nearest(points: Array, shape: tuple[int, ...]) -> Callable[[Array], Array]:
     """Takes values (B, h, w, C) of the cells to those of the points (1 or B, N, 2) in them, (B, N, C)."""
-    cells = jnp.asarray(shape, points.dtype).reshape(1, 1, 2)
-    row, column = jnp.moveaxis(jnp.clip(jnp.floor((points + 1) * (cells / 2)), 0, cells - 1).astype(jnp.int32), -1, 0)
+    row, column = jnp.moveaxis(_cells(points, shape).astype(jnp.int32), -1, 0)
     index = row * shape[1] + column
 
     def at_points(values: Array) -> Array:

@@ -1,11 +1,14 @@
 """The README's examples run, and what it names exists."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from experiments import config
+from experiments import config, execute
+from experiments.config import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +18,21 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda code: code.split("import ", 2)[-1].split(",")[0][:20])
 def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "holiday.jpg" in example:
+        own_pictures(monkeypatch)
     exec(compile(example, "README.md", "exec"), {})
+
+
+def own_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture, and a finished run on a folder of such, in the current directory."""
+    monkeypatch.setenv("COMPACT_JAX_CACHE", "cache")
+    Path("pictures").mkdir()
+    for i in range(6):
+        Image.new("RGB", (20, 16), (40 * i, 100, 200)).save(f"pictures/{i}.png")
+    Image.new("RGB", (30, 20), "orange").save("holiday.jpg")
+    tiny = config.preset("functa", "tiny-grid").config
+    asked = dataclasses.replace(tiny, dataset="folder", image_size=8, batch_size=4, steps=5)
+    execute.execute("functa", "folder", asked, Options(data_dir=Path("pictures")), ["run", "functa", "folder"])
 
 
 def test_examples_were_found() -> None:

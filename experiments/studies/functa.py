@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 import functa_jax as fj
-from experiments import data, logs, plots, training
+from experiments import data, folder, logs, plots, runs, training
 from experiments.models.functa import Functa, to_unit
 from experiments.published import published
 from experiments.runs import Run
@@ -33,8 +33,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
       metrics, table, comparisons and figures for `result.json`.
     """
     mesh = training.data_mesh()
-    train = data.load(config.dataset, "train", data_dir=run.options.data_dir).images[: config.train_images]
-    held_out = data.load(config.dataset, "validation", data_dir=run.options.data_dir).images[: config.validation_images]
+    splits = _images(config, run)
+    train = splits["train"][: config.train_images]
+    held_out = splits["validation"][: config.validation_images]
     functa = build(config, train.shape[1:], mesh)
 
     def loss(params: fj.MetaParams, points: Array, targets: Array) -> Array:
@@ -95,7 +96,26 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         evaluate=evaluate,
         best_metric="validation_psnr",
     )
-    return _measure(config, run, functa, state.params, held_out, times)
+    return _measure(config, run, functa, state.params, held_out, splits["test"], times)
+
+
+def _images(config: Config, run: Run) -> dict[str, np.ndarray]:
+    """The images of each split; those of a folder are of the size asked for, and the same as when the run began."""
+    if config.dataset != "folder":
+        names = ("train", "validation", "test")
+        return {name: data.load(config.dataset, name, data_dir=run.options.data_dir).images for name in names}
+    found = folder.load(run.options.data_dir, size=config.image_size, fit=config.fit)
+    counts = {name: len(images) for name, images in found.splits.items()}
+    say = partial(run.console.print, markup=False, highlight=False, soft_wrap=True)
+    say("pictures: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if found.unreadable:
+        say(f"skipped {len(found.unreadable)} that cannot be read:", style="yellow")
+        for name, reason in found.unreadable.items():
+            say(f"  {name}: {reason}", style="yellow")
+    runs.check_unchanged(
+        run.directory / "pictures.json", {**counts, "digest": found.digest}, other="other pictures in its folder"
+    )
+    return found.splits
 
 
 def _measure(
@@ -104,10 +124,10 @@ def _measure(
     functa: Functa,
     params: fj.MetaParams,
     held_out: np.ndarray,
+    test: np.ndarray,
     times: dict[str, float],
 ) -> dict[str, Any]:
     """The final numbers, on the test split."""
-    test = data.load(config.dataset, "test", data_dir=run.options.data_dir).images
     latents, errors = functa.fit(params, test)
     log = logs.Log(run.directory, config.steps, enabled=run.first_process)
     log.images(config.steps, "held_out_originals", held_out[:8])
@@ -194,7 +214,12 @@ def build(config: Config, image_shape: tuple[int, ...], mesh: jax.sharding.Mesh)
     if isinstance(config.latent, int):
         model = fj.ModulatedSiren(**network)
     else:
-        model = fj.SpatialModulatedSiren(**network, interpolation=config.interpolation, kernel_size=config.kernel_size)
+        model = fj.SpatialModulatedSiren(
+            **network,
+            interpolation=config.interpolation,
+            kernel_size=config.kernel_size,
+            coordinates=config.coordinates,
+        )
     latent_shape = (config.latent,) if isinstance(config.latent, int) else config.latent
     return Functa(model, (height, width, channels), latent_shape, config.inner_steps, config.rates_per_step, mesh)
 

@@ -15,7 +15,14 @@ from experiments.published import published
 from experiments.studies import functa
 from experiments.training import Plan, data_mesh
 
-TRAIN_IMAGES = {"mnist": 54_000, "fashion_mnist": 54_000, "cifar10": 45_000, "cifar100": 45_000, "digits": 1_294}
+TRAIN_IMAGES = {
+    "mnist": 54_000,
+    "fashion_mnist": 54_000,
+    "cifar10": 45_000,
+    "cifar100": 45_000,
+    "digits": 1_294,
+    "folder": 1,
+}
 
 
 @pytest.mark.parametrize("name", functa.PRESETS)

@@ -38,6 +38,10 @@ def reference(params, coords, latent, model):
     at = interpolate.RegularGridInterpolator(centres, grid, method=method)
     inside = np.stack([np.clip(coords[:, i], centres[i][0], centres[i][-1]) for i in (0, 1)], axis=-1)
     found = []
+    if model.coordinates == "cell":
+        cell = np.stack([np.abs(coords[:, i, None] - centres[i]).argmin(axis=1) for i in (0, 1)], axis=-1)
+        middle = np.stack([centres[i][cell[:, i]] for i in (0, 1)], axis=-1)
+        coords = (coords - middle) * latent.shape[:2]
     for x, m in zip(coords, at(inside), strict=True):
         kinds = m.reshape(2 if model.modulate == "both" else 1, model.depth - 1, -1)
         scale = None if model.modulate == "shift" else 1 + kinds[0]
@@ -46,9 +50,13 @@ def reference(params, coords, latent, model):
 
 
 @pytest.mark.parametrize("modulate", ["shift", "scale", "both"])
-@pytest.mark.parametrize(("interpolation", "kernel_size"), [("nearest", 1), ("nearest", 3), ("bilinear", 3)])
-def test_agrees_with_numpy_for_one_image_and_for_batches(modulate, interpolation, kernel_size):
-    model = SpatialModulatedSiren(**SMALL, modulate=modulate, interpolation=interpolation, kernel_size=kernel_size)
+@pytest.mark.parametrize(
+    ("interpolation", "kernel_size", "coordinates"),
+    [("nearest", 1, "image"), ("nearest", 3, "cell"), ("bilinear", 3, "image")],
+)
+def test_agrees_with_numpy_for_one_image_and_for_batches(modulate, interpolation, kernel_size, coordinates):
+    options = {"interpolation": interpolation, "kernel_size": kernel_size, "coordinates": coordinates}
+    model = SpatialModulatedSiren(**SMALL, modulate=modulate, **options)
     coords, own_coords, latents = inputs(limit=1.3)
     params = random_params(model, coords, latents[0])
 
@@ -107,6 +115,16 @@ def test_a_cell_reaches_no_further_than_its_neighbourhood(interpolation, kernel_
         border = np.abs(cells - np.array([row, column]).reshape(1, 1, 2))
         assert not changed[distance > reach + 1e-4].any()
         assert changed[(border < reach - 0.05).all(axis=-1)].all()
+
+
+def test_with_coordinates_of_the_cell_equal_latents_draw_equal_cells():
+    model = SpatialModulatedSiren(**SMALL, coordinates="cell")
+    coords = coordinate_grid((12, 16))
+    latent = jnp.broadcast_to(inputs(batch=1)[2][0][:1, :1], SHAPE)
+    params = {"params": random_params(model, coords, latent)}
+    cells = jax.jit(model.apply)(params, coords, latent).reshape(3, 4, 4, 4, 2).swapaxes(1, 2).reshape(12, 4, 4, 2)
+    assert np.std(cells[0]) > 0.01
+    np.testing.assert_allclose(cells, np.broadcast_to(cells[:1], cells.shape), atol=1e-5)
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
@@ -194,6 +212,7 @@ def test_bfloat16_matmuls_stay_close_in_float32():
         ((4, 2), (5,), {}, r"coords \(4, 2\) do not go with latent \(5,\)"),
         ((4, 3), (2, 2, 5), {}, r"coords must be \(..., 2\), .* got \(4, 3\)"),
         ((4, 2), (2, 2, 5), {"interpolation": "cubic"}, "interpolation must be 'nearest' or 'bilinear', got 'cubic'"),
+        ((4, 2), (2, 2, 5), {"coordinates": "global"}, "coordinates must be 'image' or 'cell', got 'global'"),
         ((4, 2), (2, 2, 5), {"kernel_size": 2}, "kernel_size must be 1 or 3, got 2"),
         ((4, 2), (2, 2, 5), {"modulate": "shfit"}, "modulate must be 'shift', 'scale' or 'both', got 'shfit'"),
     ],
