@@ -103,7 +103,7 @@ PRESETS = {
         Config(sizes=(32, 64, 96, 128), marks=(800, 2_000), points=4_096),
         "a CIFAR-10 image resized to 32, 64, 96, 128, as report B's Table 2: Adam 1e-4, up to 4,096 pixels a step",
         "4 min on one CPU core",
-        "above report B at every size",
+        "53 dB and more at every size (report B after 2000 steps: 55.47, 50.12, 44.34, 42.96)",
     ),
     "tiny": Preset(
         Config(
@@ -249,9 +249,15 @@ def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> Non
             rows[f"{size} px, original"] = originals[size]
             captions |= {f"{size} px, {mark} steps": [f"mean {text}"] for mark, text in psnr.items()}
         series[f"{size} px"] = logs.curve(logs.read_lines(part / "metrics.jsonl"), "psnr")
-    if config.source == "cifar10" and config.sizes == [32]:
-        by_steps = table("B", 1)
-        series["report B, 32 px"] = (by_steps.column("steps"), by_steps.column("PSNR, dB"))
+    x_label = "steps"
+    if len(config.sizes) > 1:
+        x_label = "height of the image, pixels"
+        by_size = {
+            mark: [metrics[f"psnr_{size}_{width}x{layers}_{mark}"] for size in config.sizes] for mark in config.marks
+        }
+        series = {f"{mark} steps": (config.sizes, psnr) for mark, psnr in by_size.items()}
+    if config.source == "cifar10":
+        series |= _of_report_b(config)
     plots.image_rows(
         rows,
         directory / "reconstructions.png",
@@ -263,9 +269,22 @@ def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> Non
         series,
         directory / "psnr.png",
         title=f"{config.source}: SIREN of {layers} hidden layers of {width} units",
-        x_label="steps",
+        x_label=x_label,
         y_label="PSNR, mean of per-image, dB",
     )
+
+
+def _of_report_b(config: Config) -> dict[str, Any]:
+    """Report B's curves: by steps for its one size, or by size after the same numbers of steps."""
+    if len(config.sizes) == 1:
+        return {"report B, 32 px": (table("B", 1).column("steps"), table("B", 1).column("PSNR, dB"))}
+    by_size = table("B", 2)
+    columns = {mark: f"PSNR after {mark} steps, dB" for mark in config.marks}
+    return {
+        f"report B, {mark} steps": (by_size.column("size, pixels"), by_size.column(column))
+        for mark, column in columns.items()
+        if column in by_size.columns
+    }
 
 
 def _parts(config: Config, directory: Path) -> Iterator[tuple[int, tuple[int, int], Path]]:
@@ -281,9 +300,9 @@ def _comparisons(config: Config, metrics: dict[str, Any]) -> list[dict[str, Any]
     cells: list[tuple[int, int, int, Any, str]] = []  # size, steps, number of the table, its row, its column
     for size in config.sizes:
         for mark in config.marks:
-            if size == 32 and mark in table("B", 1).column("steps"):
+            if config.sizes == (32,) and mark in table("B", 1).column("steps"):
                 cells.append((size, mark, 1, mark, "PSNR, dB"))
-            if size in table("B", 2).column("size, pixels") and mark in (800, 2_000) and len(config.sizes) > 1:
+            if len(config.sizes) > 1 and size in table("B", 2).column("size, pixels") and mark in (800, 2_000):
                 cells.append((size, mark, 2, size, f"PSNR after {mark} steps, dB"))
     return [
         {
