@@ -37,6 +37,7 @@ class Config:
 
     Attributes:
       dataset: name of a data set (see `data list`).
+      images: only the first so many of each split, to try things out; None: all.
       model: the network; "lenet-digits" has 3x3 kernels, for images of 8x8.
       seed: the first seed, of initialisation and data order.
       seeds: how many seeds each optimizer is trained with.
@@ -67,6 +68,7 @@ class Config:
     """
 
     dataset: str = "mnist"
+    images: int | None = None
     model: Literal["lenet", "lenet-digits", "vgg-a", "vgg19", "resnet50"] = "lenet"
     seed: int = 0
     seeds: int = 3
@@ -144,9 +146,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     Returns:
       For each arm the records of its seeds, as `_record` makes them.
     """
-    train, validation, test = (
-        data.load(config.dataset, split, data_dir=run.options.data_dir) for split in ("train", "validation", "test")
-    )
+    splits = [
+        data.load(config.dataset, name, data_dir=run.options.data_dir) for name in ("train", "validation", "test")
+    ]
+    train, validation, test = (data.Split(s.images[: config.images], s.labels[: config.images]) for s in splits)
     setting = Setting(
         config,
         run,

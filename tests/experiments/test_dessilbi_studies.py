@@ -26,7 +26,8 @@ PRESETS = {
 def test_preset_fits_together(name: str) -> None:
     preset = PRESETS[name]
     examples, image = EXAMPLES[preset.dataset]
-    per_call = examples // preset.batch_size // 8
+    examples = min(examples, preset.images or examples)
+    per_call = max(1, examples // preset.batch_size // 8)
     Plan(100, preset.batch_size, per_call, 8 * per_call, 8 * per_call).check(examples, devices=1)
     model = path_study.MODELS[preset.model]()
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *image))), jax.random.key(0))
