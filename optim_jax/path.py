@@ -115,6 +115,9 @@ def activation_order(state: Any) -> Any:
       output filters of an HWIO kernel. `NEVER` (the largest int32) for a group that has not been active; None at
       unstructured leaves.
 
+    Raises:
+      ValueError: if the optimizer was built with `record=False`.
+
     Example:
       >>> import optax, optim_jax
       >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init({"kernel": jnp.ones((3, 3, 4, 2))})
@@ -122,6 +125,8 @@ def activation_order(state: Any) -> Any:
       True
     """
     state = _find(state)
+    if state.first_active is None:
+        raise ValueError("state has no record of activations: build it with dessilbi(..., record=True).")
 
     # The update records the activation it finds in the old Z, whose proximal map it needs anyway; the newest is here.
     def newest(p: Penalty, first: Array, z: Array) -> Array:
@@ -157,7 +162,8 @@ def path_masks(
       A pytree of bool arrays like `params`, True = keep; None at leaves that are not pruned.
 
     Raises:
-      ValueError: if `fraction`, `scope` or `resolution` is out of range, or if `layers` picks no structured leaf.
+      ValueError: if `fraction`, `scope` or `resolution` is out of range, if `layers` picks no structured leaf, or if
+        the optimizer was built with `record=False`.
 
     Example:
       >>> import optax, optim_jax

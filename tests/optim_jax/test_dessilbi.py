@@ -1,12 +1,23 @@
 """DessiLBI against a float64 NumPy replay written from its equations, loop by loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from optim_jax import NEVER, GroupLasso, PenaltyRule, SparseGroup, activation_order, dessilbi, sparse_params
+from optim_jax import (
+    NEVER,
+    GroupLasso,
+    PenaltyRule,
+    SparseGroup,
+    activation_order,
+    dessilbi,
+    prune_by_path,
+    sparse_params,
+)
 
 STEPS = 80
 RATE, KAPPA, MU = 0.1, 1.3, 0.5
@@ -49,10 +60,22 @@ class Direction:
         if self.kind in ("momentum", "nesterov"):
             self.m = 0.9 * self.m + g
             return self.m if self.kind == "momentum" else g + 0.9 * self.m
+        if self.kind == "muon" and w.ndim == 2:  # with fewer outputs than inputs its factor for the shape is 1
+            self.m = 0.95 * self.m + 0.05 * g
+            return newton_schulz(self.m / (1 - 0.95**self.t))
         self.m = 0.9 * self.m + 0.1 * g
         self.v = 0.999 * self.v + 0.001 * g**2
         adam = self.m / (1 - 0.9**self.t) / (np.sqrt(self.v / (1 - 0.999**self.t)) + 1e-8)
         return adam + 0.01 * w if self.kind == "adamw" else adam
+
+
+def newton_schulz(x):
+    """Muon's quintic iteration, on the singular values themselves: it leaves the singular vectors as they are."""
+    u, values, v = np.linalg.svd(x, full_matrices=False)
+    values = values / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return u * values @ v
 
 
 def replay(kind, coupling, rate=lambda k: RATE, kappa=lambda k: KAPPA, mu=lambda k: MU):
@@ -99,6 +122,7 @@ BASES = {
     "nesterov": (optax.sgd(1.0, momentum=0.9, nesterov=True), optax.trace(0.9, nesterov=True)),
     "adam": (optax.adam(1.0), optax.scale_by_adam()),
     "adamw": (optax.adamw(1.0, weight_decay=0.01), optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.01))),
+    "muon": (optax.contrib.muon(1.0, nesterov=False),),
 }
 
 
@@ -106,8 +130,9 @@ BASES = {
 @pytest.mark.parametrize("kind", BASES)
 def test_every_step_equals_the_float64_replay(kind, coupling):
     expected = replay(kind, coupling)
-    alive = np.array([[np.any(gammas["conv"][..., f]) for f in range(4)] for _, gammas in expected])
-    if coupling == "outside":
+    filters = np.array([[np.any(gammas["conv"][..., f]) for f in range(4)] for _, gammas in expected])
+    elements = np.array([gammas["dense"] != 0 for _, gammas in expected])
+    for alive in (filters, elements):  # the replay has steps in which groups activate, and others in which they die
         assert np.any(alive[1:] & ~alive[:-1])
         assert np.any(~alive[1:] & alive[:-1])
     for base in BASES[kind]:
@@ -132,17 +157,19 @@ def test_float32_follows_the_replay(kind):
         np.testing.assert_allclose(sparse_params(state)[name], gamma, rtol=1e-3, atol=1e-3)
 
 
-def test_schedules_follow_the_replay():
+@pytest.mark.parametrize("coupling", ["outside", "inside"])
+@pytest.mark.parametrize("injected", [False, True])
+def test_schedules_follow_the_replay(injected, coupling):
     schedules = {
         "learning_rate": lambda k: 0.1 / (1 + 0.02 * k),
         "kappa": lambda k: 1.0 + 0.005 * k,
         "mu": lambda k: 0.5 + 0.01 * k,
     }
-    expected = replay("momentum", "outside", *schedules.values())
+    expected = replay("momentum", coupling, *schedules.values())
+    make = functools.partial(dessilbi, optax.sgd(1.0, momentum=0.9), coupling=coupling)
     with jax.enable_x64(True):
-        for (params, state), (weights, gammas) in zip(
-            train(dessilbi(optax.sgd(1.0, momentum=0.9), **schedules)), expected[1:], strict=True
-        ):
+        optimizer = optax.inject_hyperparams(make)(**schedules) if injected else make(**schedules)
+        for (params, state), (weights, gammas) in zip(train(optimizer), expected[1:], strict=True):
             for name, w in weights.items():
                 np.testing.assert_allclose(params[name], w, rtol=1e-9, atol=1e-9)
             for name, gamma in gammas.items():
@@ -197,6 +224,24 @@ def test_state_holds_one_array_like_the_structured_weights_and_one_record_a_grou
     params = {"conv": jnp.zeros((3, 3, 4, 8)), "dense": jnp.zeros((6, 5)), "bias": jnp.zeros(8)}
     state = dessilbi(optax.sgd(1.0), 0.1).init(params)
     assert sorted(leaf.size for leaf in jax.tree.leaves(state)) == sorted([1, 1, 288, 8, 30, 30])
+
+
+def test_without_a_record_momentum_and_z_take_eight_bytes_a_parameter():
+    params = {"conv": jnp.ones((3, 3, 4, 8)), "dense": jnp.ones((6, 5)), "bias": jnp.zeros(8)}
+    momentum = optax.sgd(1.0, momentum=0.9)
+    without, recording = (dessilbi(momentum, 0.1, mu=0.1, record=record) for record in (False, True))
+    state, other = without.init(params), recording.init(params)
+    scalars = 8  # bytes: the step and kappa
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - scalars <= 8 * optax.tree.size(params)
+    for _ in range(30):
+        updates, state = without.update(params, state, params)
+        expected, other = recording.update(params, other, params)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    jax.tree.map(np.testing.assert_array_equal, sparse_params(state), sparse_params(other))
+    with pytest.raises(ValueError, match=r"no record of activations.*record=True"):
+        activation_order(state)
+    with pytest.raises(ValueError, match=r"no record of activations.*record=True"):
+        prune_by_path(params, state, 0.5)
 
 
 def test_penalties_are_chosen_by_path_and_shape():
