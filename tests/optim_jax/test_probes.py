@@ -146,6 +146,23 @@ def test_compiles_once_a_loss_and_works_inside_jit():
     np.testing.assert_allclose(inside.beta, first.beta, rtol=1e-6)
 
 
+def test_costs_one_gradient_more_than_there_are_step_sizes():
+    evaluations = []
+
+    @jax.custom_vjp
+    def counted(w):
+        return jnp.sum(w**2)
+
+    def backward(w, cotangent):
+        jax.debug.callback(lambda: evaluations.append(None))
+        return (2 * w * cotangent,)
+
+    counted.defvjp(lambda w: (counted(w), w), backward)
+    jax.block_until_ready(probe_gradients(lambda w, _: counted(w), jnp.ones(3), None, [0.1, 0.2, 0.3, 0.4]))
+    jax.effects_barrier()
+    assert len(evaluations) == 5
+
+
 def test_a_stationary_point_has_no_beta():
     probe = probe_gradients(lambda w, _: jnp.sum(w**2), jnp.zeros(2), None, [0.1])
     assert np.isnan(probe.beta).all()
