@@ -53,7 +53,7 @@ def relative_adam(
 
     def unit(leaf: Array) -> Array:
         size = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), floor)
-        return size * min(1.0, (reference_width / leaf.shape[0]) ** 0.5) if leaf.ndim == 2 else size
+        return size * jnp.minimum(1.0, jnp.sqrt(reference_width / leaf.shape[0])) if leaf.ndim == 2 else size
 
     def init(params: optax.Params) -> UnitState:
         return UnitState(jax.tree.map(unit, params))

@@ -158,11 +158,11 @@ def check_sparsities(sparsities: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def all_kept(scores: PyTree, groups: Sequence[Sequence[int]]) -> PyTree:
-    """Masks that cut nothing, None outside the groups; of ``scores`` only shapes are used."""
+    """Masks that cut nothing, None outside the groups; of ``scores`` only shapes and sharding are used."""
     leaves, treedef = jax.tree.flatten(scores, is_leaf=is_none)
     grouped = {index for group in groups for index in group}
     return jax.tree.unflatten(
-        treedef, [jnp.ones(leaf.shape, bool) if i in grouped else None for i, leaf in enumerate(leaves)]
+        treedef, [jnp.ones_like(leaf, bool) if i in grouped else None for i, leaf in enumerate(leaves)]
     )
 
 

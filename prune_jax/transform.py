@@ -18,7 +18,7 @@ from prune_jax.masks import Exclude, Scope, apply_masks, cut_counts, group_leave
 from prune_jax.schedules import all_kept, below_cut, check_sparsities
 from prune_jax.scores.magnitude import magnitude
 from prune_jax.scores.movement import movement
-from prune_jax.tree import Prunable, PyTree, is_kernel, map_masked, require_params, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, is_none, map_masked, require_params, select
 
 
 class KeepMasksState(NamedTuple):
@@ -88,9 +88,7 @@ def keep_masks(
                 "keep_masks without a base optimizer needs params that are masked already: call "
                 "init(apply_masks(params, masks)), or wrap the optimizer: keep_masks(masks, optimizer)"
             )
-        # A copy: a training step that donates its state must not take the caller's masks with it.
-        own = jax.tree.map(lambda mask: jnp.array(mask, copy=True), masks)
-        return KeepMasksState(own, _mask_moments(inner.init(masked), masks))
+        return KeepMasksState(_own(masks, params), _mask_moments(inner.init(masked), masks))
 
     def update(
         updates: PyTree, state: KeepMasksState, params: PyTree | None = None, **extra: Any
@@ -218,6 +216,17 @@ def _mask_moments(state: Any, masks: PyTree) -> Any:
         return leaf
 
     return jax.tree_util.tree_map_with_path(mask_moment, state)
+
+
+def _own(masks: PyTree, params: PyTree) -> PyTree:
+    """Copies, since a training step that donates its state must not take the caller's masks; sharded as the params."""
+
+    def copy(mask: jax.Array | None, leaf: Any) -> jax.Array | None:
+        if mask is None or isinstance(leaf, optax.MaskedNode):
+            return mask if mask is None else jnp.array(mask, copy=True)
+        return jnp.logical_and(mask, jnp.ones_like(leaf, bool))
+
+    return jax.tree.map(copy, masks, params, is_leaf=is_none)
 
 
 def _zero_where_cut(mask: jax.Array, leaf: jax.Array) -> jax.Array:
