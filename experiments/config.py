@@ -13,6 +13,7 @@ import tyro
 from experiments.data import check_choice
 
 STUDIES = {
+    "bn-probes": "experiments.studies.bn_probes",
     "classify": "experiments.studies.classify",
     "functa": "experiments.studies.functa",
     "functaset": "experiments.studies.functaset",

@@ -314,6 +314,51 @@ def confusion(counts: np.ndarray, names: Sequence[str], path: Path, *, title: st
     save(figure, path)
 
 
+def bands(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]],
+    path: Path,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str = "",
+    log: bool = False,
+    share_y: bool = True,
+    caption: str = "",
+) -> None:
+    """Draws filled bands between a lower and an upper curve, in plots side by side; one colour a name, one legend.
+
+    Args:
+      panels: panel -> name -> x, lower y and upper y.
+      path: PNG to write.
+      title: above all.
+      x_label: with unit.
+      y_label: with unit.
+      log: logarithmic y.
+      share_y: one y axis for all panels.
+      caption: below all.
+    """
+    width = max(7.6, 1.8 + 2.2 * len(panels))
+    figure = Figure(figsize=(width, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=share_y, squeeze=False)[0]
+    for axis, (panel, series) in zip(axes, panels.items(), strict=True):
+        for colour, (name, (x, low, high)) in zip(reversed(_COLOURS[:2]), series.items(), strict=True):
+            axis.fill_between(x, low, high, color=colour, alpha=0.35, linewidth=0, label=name)
+            axis.plot(x, low, color=colour, linewidth=0.9)
+            axis.plot(x, high, color=colour, linewidth=0.9)
+        if log:
+            axis.set_yscale("log")
+        axis.grid(axis="y", color=_GRID, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(panel, fontsize=9, color=_INK, loc="left")
+    axes[0].set_ylabel(y_label, color=_INK)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
+    wrapped = textwrap.fill(caption, int(16 * width))
+    figure.supxlabel(x_label + (f"\n\n{wrapped}" if caption else ""), fontsize=8, color=_INK)
+    figure.suptitle(title, fontsize=10, color=_INK, x=0.01, ha="left")
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, whole or not at all; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
