@@ -1,26 +1,31 @@
 """What DessiLBI costs over its base optimizer, side by side in one process: the optimizer alone and the training step.
 
-    python -m benchmarks.dessilbi_step
+    python -m benchmarks.dessilbi_step [--out FILE.json]
 
 All competitors stay compiled and take turns, and each turn's time is divided by the plain base's in the same round, so
-that a drifting machine cancels out. "Alone" applies a given gradient in a jitted `lax.scan` of many steps; "training"
-is a whole step of a network with these parameters, gradient included, in a jitted call of its own, since XLA runs
-convolutions inside a loop much slower on CPU. State is donated in both.
+that a drifting machine cancels out. Times are CPU time of this process, so that other processes count less: pin it to
+one core, or the threads' times add up. "Alone" applies a given gradient in a jitted `lax.scan` of many steps;
+"training" is a whole step of a network with these parameters, gradient included, in a jitted call of its own. State is
+donated in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.provenance import provenance
+from experiments.models.conv import convolve, max_pool
 from optim_jax import dessilbi
 
 Layers = tuple[tuple[int, ...], ...]  # kernel shapes, HWIO and (in, out); a 0 stands for a 2x2 max-pooling
@@ -55,13 +60,11 @@ def loss(params: list[dict[str, jax.Array]], batch: tuple[jax.Array, jax.Array],
     remaining = iter(params)
     for shape in layers:
         if shape == (0,):
-            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            x = max_pool(x)
             continue
         layer = next(remaining)
         if len(shape) == 4:
-            x = jax.lax.conv_general_dilated(
-                x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            x = convolve(x, layer["kernel"], (1, 1), "SAME")
             x = jax.nn.standardize(x, axis=(0, 1, 2)) * layer["scale"].reshape(1, 1, 1, -1)
             x = jax.nn.relu(x + layer["bias"].reshape(1, 1, 1, -1))
         else:
@@ -96,20 +99,21 @@ class Competitor:
         self.advance = functools.partial(advance, gradient=given)
 
     def turn(self) -> float:
-        """Return the seconds of one step."""
-        start = time.perf_counter()
+        """Return the CPU seconds of one step."""
+        start = time.process_time()
         for _ in range(self.calls):
             self.carry = self.advance(self.carry)
         jax.block_until_ready(self.carry)
-        return (time.perf_counter() - start) / (self.calls * self.in_a_call)
+        return (time.process_time() - start) / (self.calls * self.in_a_call)
 
 
-def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, rounds: int) -> None:
-    """Print one row a competitor: milliseconds (median and least), ratio to the base, state bytes a parameter."""
+def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """Print and return one row a competitor: milliseconds (median and least), ratio to the base, state a parameter."""
     base = BASES[base_name]
     optimizers = {
         base_name: base(0.01),
         "dessilbi": dessilbi(base(1.0), 0.01),
+        "dessilbi, no record": dessilbi(base(1.0), 0.01, record=False),
         "dessilbi, inside": dessilbi(base(1.0), 0.01, coupling="inside"),
     }
     arms = {key: Competitor(optimizer, layers, batch, steps) for key, optimizer in optimizers.items()}
@@ -120,18 +124,36 @@ def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, r
         for key, arm in arms.items():
             times[key].append(arm.turn())
     size = sum(leaf.size for leaf in jax.tree.leaves(arms[base_name].carry[0]))
+    rows = []
     for key, arm in arms.items():
-        ratio = statistics.median(mine / plain for mine, plain in zip(times[key], times[base_name], strict=True))
-        milliseconds = f"{1e3 * statistics.median(times[key]):10.3f} ({1e3 * min(times[key]):.3f})"
-        print(f"{name:34} {base_name:9} {key:17} {milliseconds:>22} {ratio:7.2f}x {arm.bytes / size:6.2f}", flush=True)
+        row = {
+            "setting": name,
+            "base": base_name,
+            "optimizer": key,
+            "milliseconds": 1e3 * statistics.median(times[key]),
+            "least_milliseconds": 1e3 * min(times[key]),
+            "ratio": statistics.median(mine / plain for mine, plain in zip(times[key], times[base_name], strict=True)),
+            "state_bytes_per_parameter": arm.bytes / size,
+            "seconds_by_round": times[key],
+        }
+        rows.append(row)
+        milliseconds = f"{row['milliseconds']:10.3f} ({row['least_milliseconds']:.3f})"
+        print(
+            f"{name:28} {base_name:9} {key:20} {milliseconds:>22} {row['ratio']:7.2f}x"
+            f" {row['state_bytes_per_parameter']:6.2f}",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32, help="images in a training step")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    print(f"{'':34} {'base':9} {'optimizer':17} {'ms a step (least)':>22} {'ratio':>8} bytes a parameter")
+    record, rows = provenance(), []
+    print(f"{'':28} {'base':9} {'optimizer':20} {'ms a step (least)':>22} {'ratio':>8} bytes a parameter")
     for network, layers, image, alone, training in (
         ("LeNet", LENET, (28, 28, 1), 500, 5),
         ("VGG-A-BN", VGG_A, (32, 32, 3), 10, 1),
@@ -139,9 +161,11 @@ def main() -> None:
         images = jax.random.normal(jax.random.key(0), (arguments.batch, *image))
         batch = images, jnp.arange(arguments.batch) % 10
         for base_name in BASES:
-            compare(f"{network}, optimizer alone", base_name, layers, None, alone, arguments.rounds)
+            rows += compare(f"{network}, optimizer alone", base_name, layers, None, alone, arguments.rounds)
             label = f"{network}, training, batch {arguments.batch}"
-            compare(label, base_name, layers, batch, training, arguments.rounds)
+            rows += compare(label, base_name, layers, batch, training, arguments.rounds)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
