@@ -34,7 +34,8 @@ def image_rows(
     captions = captions or {}
     count = len(next(iter(rows.values())))
     first = next(iter(rows.values()))[0]
-    label, line = 1.5, 0.17 if captions else 0.0
+    longest = max(len(line) for name in rows for line in name.splitlines() or [""])
+    label, line = max(1.5, 0.085 * longest), 0.17 if captions else 0.0
     tall = cell * first.shape[0] / first.shape[1] + line
     figure = Figure(figsize=(label + count * cell, len(rows) * tall + 0.45), dpi=150)
     grid = figure.subplots(len(rows), count, squeeze=False)

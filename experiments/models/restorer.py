@@ -21,12 +21,14 @@ class Effort:
 
     Attributes:
       steps: gradient steps; beyond those of training, each dimension's smallest learned rate is used on.
+      rate: factor on the learned rates, which are as bold as whole, clean images allow.
       penalty: weight of the squared norm of the latent, in units in which the mean fitted latent of a clean image
         would cost as much as not fitting it at all.
     """
 
     steps: int
-    penalty: float
+    rate: float = 1.0
+    penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,21 @@ class Restorer:
     ) -> np.ndarray:
         count = len(arrays[0])
         padded = [np.concatenate([a, np.repeat(a[:1], -count % _BLOCK, axis=0)]) for a in arrays]
-        penalty = np.float32(effort.penalty * self.penalty_unit)
+        numbers = np.array([effort.rate, effort.penalty * self.penalty_unit], np.float32)
         found = [
             np.asarray(
-                restore(self.params, *(a[i : i + _BLOCK] for a in padded), penalty, steps=effort.steps, **static)
+                restore(self.params, *(a[i : i + _BLOCK] for a in padded), numbers, steps=effort.steps, **static)
             )
             for i in range(0, count, _BLOCK)
         ]
         return np.clip(np.concatenate(found)[:count], 0, 1)
 
-    def _options(self, params: fj.MetaParams, penalty: Any, steps: int) -> dict[str, Any]:
+    def _options(self, params: fj.MetaParams, numbers: Any, steps: int) -> dict[str, Any]:
+        factor, penalty = numbers
         rates = fj.continued_rates(params.rates, steps) if self.functa.rates_per_step else params.rates
         return {
             "steps": steps,
-            "learning_rate": rates,
+            "learning_rate": factor * rates,
             "rates_per_step": self.functa.rates_per_step,
             "latent_penalty": penalty,
             "batched": True,
@@ -90,8 +93,8 @@ class Restorer:
 
     @cached_property
     def _super_resolve(self) -> Callable[..., Any]:
-        def restore(params: fj.MetaParams, images: Any, penalty: Any, *, steps: int, samples: int) -> Any:
-            options = self._options(params, penalty, steps)
+        def restore(params: fj.MetaParams, images: Any, numbers: Any, *, steps: int, samples: int) -> Any:
+            options = self._options(params, numbers, steps)
             shape, start = self.functa.image_shape[:2], self.functa.latent_init
             apply_fn = self.functa.model.apply
             return fj.super_resolve(apply_fn, params.model, images, start, shape, samples=samples, **options)
@@ -100,8 +103,8 @@ class Restorer:
 
     @cached_property
     def _inpaint(self) -> Callable[..., Any]:
-        def restore(params: fj.MetaParams, images: Any, known: Any, penalty: Any, *, steps: int) -> Any:
-            options = self._options(params, penalty, steps)
+        def restore(params: fj.MetaParams, images: Any, known: Any, numbers: Any, *, steps: int) -> Any:
+            options = self._options(params, numbers, steps)
             apply_fn = self.functa.model.apply
             return fj.inpaint(apply_fn, params.model, images, known, self.functa.latent_init, **options)
 

@@ -114,7 +114,7 @@ def inpainting(fraction: float) -> Problem:
 def solve(
     problem: Problem,
     restorer: Restorer,
-    efforts: tuple[Sequence[int], Sequence[float]],
+    efforts: tuple[Sequence[int], Sequence[float], Sequence[float]],
     images: tuple[np.ndarray, np.ndarray],
     seed: tuple[int, ...],
     log: logs.Log,
@@ -124,13 +124,13 @@ def solve(
     Args:
       problem: the problem.
       restorer: the trained Functa.
-      efforts: numbers of steps, chosen first, with the first of the penalties, and penalties.
+      efforts: numbers of steps and factors on the rates, of which the best pair is chosen first, and penalties.
       images: clean validation and test images, uint8.
       seed: of the damage.
       log: for the first images, as seen and as restored.
 
     Returns:
-      PSNR of what is seen (or None), the classical method, its PSNR, the Functa's PSNR, their SSIM, steps and penalty.
+      PSNR of what is seen (or None), the classical method, its PSNR, the Functa's PSNR, their SSIM, and the effort.
     """
     held_out, clean = (split.astype(np.float32) / 255 for split in images)
     observed = problem.observe(held_out, np.random.default_rng((*seed, 0)))
@@ -139,12 +139,12 @@ def solve(
         value = _psnr(images, held_out)
         return value if np.isfinite(value) else -np.inf  # too many steps can diverge
 
-    steps, penalties = efforts
+    steps, rates, penalties = efforts
 
     def best(candidates: list[Effort]) -> Effort:
         return max(candidates, key=lambda candidate: score(problem.restore(restorer, observed, candidate)))
 
-    effort = best([Effort(count, penalties[0]) for count in steps])
+    effort = best([Effort(count, rate) for count in steps for rate in rates])
     effort = best([replace(effort, penalty=penalty) for penalty in penalties])
     method = max(problem.classical, key=lambda name: score(problem.classical[name](observed)))
 
@@ -163,6 +163,7 @@ def solve(
         float(np.mean(classical.ssim(by_classical, clean))),
         float(np.mean(classical.ssim(by_functa, clean))),
         effort.steps,
+        effort.rate,
         effort.penalty,
     ]
 

@@ -44,8 +44,9 @@ class Config:
       factors: of super-resolution.
       noise: standard deviations, of images on [0, 1].
       known: fractions of the pixels.
-      steps: numbers of gradient steps to choose from, with the first penalty.
-      penalties: weights of the latent's norm to choose from after that, see `models.restorer.Effort`.
+      steps: numbers of gradient steps to choose from, see `models.restorer.Effort` for these three.
+      rates: factors on the learned rates to choose from, together with the steps.
+      penalties: weights of the latent's norm to choose from after that.
       others: data sets, or "photographs", to be fitted as images of another kind.
     """
 
@@ -58,7 +59,8 @@ class Config:
     noise: tuple[float, ...] = (0.1, 0.2, 0.4)
     known: tuple[float, ...] = (0.1, 0.25, 0.5)
     steps: tuple[int, ...] = (3, 10, 30)
-    penalties: tuple[float, ...] = (0.0, 0.03, 0.1)
+    rates: tuple[float, ...] = (1.0, 0.3, 0.1)
+    penalties: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3)
     others: tuple[str, ...] = ("digits", "photographs")
 
 
@@ -67,7 +69,8 @@ PRESETS = {
         Config(stranger="mnist-half-0"),
         "on the runs functa mnist-large and mnist-half",
         "5 min on one CPU core",
-        "better than classical methods where much is missing",
+        "super-resolution 2x 23.1 dB (bicubic 20.0); denoising and inpainting within 1.1 dB of the best classical way; "
+        "other digits 26.3 dB and digits of another set 19.0 (report A: 18.97)",
     ),
     "cifar10": Preset(
         Config(functa="cifar10-small-0"),
@@ -96,6 +99,7 @@ PRESETS = {
             noise=(0.2,),
             known=(0.5,),
             steps=(2, 4),
+            rates=(1.0, 0.3),
             penalties=(0.0, 0.1),
             others=("photographs",),
         ),
@@ -115,6 +119,7 @@ COLUMNS = [
     "classical SSIM",
     "functa SSIM",
     "steps",
+    "rate",
     "penalty",
 ]
 _PAIRS = ((0, 1), (2, 3), (4, 5))  # classes to interpolate between
@@ -137,7 +142,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     restorer = Restorer.of(functa, params, validation[: config.validation_images])
     clean = (validation[: config.validation_images], test.images[: config.images])
 
-    efforts = (config.steps, config.penalties)
+    efforts = (config.steps, config.rates, config.penalties)
     jobs: list[tuple[str, str, Callable[[logs.Log], list[Any]]]] = [
         (problem.task, problem.setting, partial(solve, problem, restorer, efforts, clean, (config.seed, index)))
         for index, problem in enumerate(problems)
@@ -229,7 +234,7 @@ def _fit(
     log.images(0, "functa", rendered[:SHOWN])
     psnr = float(np.mean(fj.psnr_from_mse(errors)))
     similarity = float(np.mean(classical.ssim(rendered / 255.0, images / 255.0)))
-    return [None, None, None, psnr, None, similarity, functa.inner_steps, 0.0]
+    return [None, None, None, psnr, None, similarity, functa.inner_steps, 1.0, 0.0]
 
 
 def _interpolate(functa: Functa, params: fj.MetaParams, test: data.Split, log: logs.Log) -> None:

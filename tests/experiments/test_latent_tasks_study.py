@@ -63,7 +63,7 @@ def test_every_problem_has_its_row(folder: Path) -> None:
     ]
     assert rows["denoising", "sigma 0.2"][2] == pytest.approx(-20 * np.log10(0.2), abs=3)  # clipping removes some noise
     for row in rows.values():
-        assert row[-2] in (2, 3, 4)
+        assert row[-3] in (2, 3, 4)
         assert 5 < row[5] < 40  # dB
         assert -1 <= row[7] <= 1
     # Fitting at the steps of training is what the run itself measured, on the first test images.
@@ -117,7 +117,7 @@ def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_comparisons_are_with_images_the_network_was_not_made_for() -> None:
-    rows = [["fitting", kind, None, None, None, 20.0, None, 0.5, 3, 0.0] for kind in ("test images", "digits")]
+    rows = [["fitting", kind, None, None, None, 20.0, None, 0.5, 3, 1.0, 0.0] for kind in ("test images", "digits")]
     (found,) = latent_tasks._comparisons(functa_study.PRESETS["mnist-half"].config, rows)
     assert (found["ours"], found["published"]) == (20.0, 18.97)
     assert "digits" in found["setting"]
@@ -171,7 +171,7 @@ def test_restoring_does_not_depend_on_the_block() -> None:
     params = jax.device_get(functa_study.fj.MetaParams(variables, rates))
     restorer = Restorer(functa, params, 1e-3)
     many = np.concatenate([IMAGES] * 12)[:33]
-    effort = Effort(5, 0.1)
+    effort = Effort(5, 0.5, 0.1)
     np.testing.assert_allclose(restorer.denoise(many, effort)[32], restorer.denoise(many[32:], effort)[0], atol=1e-5)
     small = classical.block_means(many, 2)
     assert restorer.super_resolve(small, 2, effort).shape == many.shape
