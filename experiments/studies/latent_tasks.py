@@ -76,13 +76,13 @@ PRESETS = {
         Config(functa="cifar10-small-0"),
         "on the run functa cifar10-small",
         "5 min on one CPU core",
-        "better than the noisy image; bicubic and biharmonic are hard to beat with a latent of 256",
+        "better than non-local means from sigma 0.2 on; 1.4 dB below bicubic at 2x, 2 to 4 below biharmonic inpainting",
     ),
     "cifar10-spatial": Preset(
         Config(functa="cifar10-spatial-small-0"),
         "on the run functa cifar10-spatial-small",
         "5 min on one CPU core",
-        "like cifar10, with a grid of latents",
+        "fits any image (36.8 dB), and so restores none well: its cells know nothing of each other",
     ),
     "digits": Preset(
         Config(functa="digits-0", factors=(2,)),
