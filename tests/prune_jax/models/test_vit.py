@@ -149,7 +149,7 @@ def test_half_precision_compute():
     [
         ({"patch": 5}, "patch must divide"),
         ({"heads": 5}, "heads must divide"),
-        ({"mlp_hidden": (1, 2, 3)}, "mlp_hidden must be one value or one for each of 2"),
+        ({"mlp_hidden": (1, 2, 3)}, "mlp_hidden must be one value or a sequence of 2"),
         ({"pool": "max"}, "pool must be"),
         ({"gelu": "fast"}, "gelu must be"),
         ({"pool": "mean", "distilled": True}, "distilled needs"),
