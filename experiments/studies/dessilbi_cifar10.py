@@ -53,8 +53,8 @@ PRESETS = {
     "vgg-a-bn-cpu": Preset(
         _VGG_A,
         "VGG-A with batch normalisation, 3 epochs: what a CPU can do in the time",
-        "60 min on two CPU cores",
-        "about 80 % (report B: 80.57 to 80.66 after 20 epochs)",
+        "an hour on one CPU core, by the measured time of a step (not run yet)",
+        "aims at report B's 80.57 to 80.66, which took 20 epochs",
     ),
     "vgg-a-bn": Preset(
         replace(
