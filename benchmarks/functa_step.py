@@ -41,6 +41,7 @@ def steps(s: Setting) -> tuple[Row, ...]:
     ours = (
         Row("ours, second order", "ours", "second-order", 21 * f, "second-order"),
         Row("ours, first order", "ours", "first-order", 9 * f, "first-order"),
+        Row("ours, fitting a functaset", "ours", "fit", 7 * f),
     )
     if s.grid:
         return (*ours, Row("spatial_functa", "peers", "spatial-functa", 21 * f, "second-order", "spatial_functa"))

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,12 +19,17 @@ import functa_jax
 from benchmarks.turns import Setting, turns
 
 
+def network(s: Setting) -> tuple[nn.Module, jax.Array, jax.Array]:
+    """The network of a setting, its coordinates, and a latent of zeros."""
+    kind = functa_jax.SpatialModulatedSiren if s.grid else functa_jax.ModulatedSiren
+    model = kind(width=s.width, depth=s.depth, out_features=s.channels, w0=s.w0)
+    latent = jnp.zeros((s.grid, s.grid, s.latent) if s.grid else s.latent)
+    return model, functa_jax.coordinate_grid((s.size, s.size)).reshape(-1, 2), latent
+
+
 def functa(clock: Iterator[None], s: Setting, second_order: bool = True) -> None:
     """`meta_step`: gradient of `meta_loss` for weights and meta-SGD rates, and Adam; jitted, state donated."""
-    network = functa_jax.SpatialModulatedSiren if s.grid else functa_jax.ModulatedSiren
-    model = network(width=s.width, depth=s.depth, out_features=s.channels, w0=s.w0)
-    coords = functa_jax.coordinate_grid((s.size, s.size)).reshape(-1, 2)
-    latent = jnp.zeros((s.grid, s.grid, s.latent) if s.grid else s.latent)
+    model, coords, latent = network(s)
     optimizer = optax.adam(3e-6)
 
     def loss(params, coords, targets):
@@ -36,6 +42,25 @@ def functa(clock: Iterator[None], s: Setting, second_order: bool = True) -> None
     for _ in clock:
         state, metrics = step(state, coords, targets)
         jax.block_until_ready((state, metrics))
+
+
+def fit(clock: Iterator[None], s: Setting) -> None:
+    """`fit_images`, as a functaset is made: a batch fitted with meta-SGD rates, nothing learned."""
+    model, coords, latent = network(s)
+    variables = model.init(jax.random.key(0), coords, latent)
+    images = jax.random.uniform(jax.random.key(1), (s.batch, s.size, s.size, s.channels))
+    for _ in clock:
+        found = functa_jax.fit_images(
+            model.apply,
+            variables,
+            coords,
+            images,
+            latent,
+            steps=s.inner_steps,
+            learning_rate=jnp.full(latent.shape, 1e-2),
+            block=s.microbatch,
+        )
+        jax.block_until_ready(found)
 
 
 def matmul(
@@ -67,6 +92,7 @@ SQUARE = 2048  # side of the large square matrix
 OURS: dict[str, Callable] = {
     "second-order": functa,
     "first-order": functools.partial(functa, second_order=False),
+    "fit": fit,
     "matmul": matmul,
     "matmul-gradient": matmul_gradient,
     "matmul-square": functools.partial(matmul, rows=SQUARE, columns=SQUARE, calls=2),

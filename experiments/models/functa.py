@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 import functa_jax as fj
 from experiments.training import replicate
 
-_BLOCK = 32  # images fitted at once on each device
+_BLOCK = 8  # images fitted at once on each device: on a CPU, so few that they stay in its cache
+_BLOCK_OF_ACCELERATORS = 256
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Functa:
             steps=self.inner_steps,
             learning_rate=params.rates,
             rates_per_step=self.rates_per_step,
-            block=_BLOCK,
+            block=_BLOCK if jax.default_backend() == "cpu" else _BLOCK_OF_ACCELERATORS,
             mesh=self.mesh,
         )
         return jax.device_get((latents, errors))
