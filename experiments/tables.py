@@ -45,8 +45,8 @@ def console_table(columns: Sequence[str], rows: Sequence[Row], title: str | None
     """
     texts, numbers = _layout(columns, rows)
     made = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, show_edge=False)
-    for column, numeric in zip(columns, numbers, strict=True):
-        made.add_column(rich.text.Text(column), justify="right" if numeric else "left")
+    for i, (column, numeric) in enumerate(zip(columns, numbers, strict=True)):
+        made.add_column(rich.text.Text(column), justify="right" if numeric else "left", no_wrap=i == 0)
     for row in texts:
         made.add_row(*map(rich.text.Text, row))  # Text, so that brackets in a cell are not taken for markup
     return made
