@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -121,6 +121,57 @@ class Mlp(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = dense(self.width, self.compute_dtype, name="fc2")(x)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
+
+
+class Block(nn.Module):
+    """The parts of a transformer block, for one to put together: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+      width: channels of a token.
+      heads: number of heads.
+      qk_dim: query and key channels of each head.
+      v_dim: value channels of each head.
+      mlp_hidden: hidden channels of the MLP.
+      scale: factor on the attention logits.
+      gelu: "exact" or "tanh".
+      dropout: rate after the attention and in the MLP, in training.
+      drop_path: rate at which a residual branch of an example is dropped, in training.
+      compute_dtype: dtype of the matmuls; None keeps float32.
+    """
+
+    width: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    mlp_hidden: int
+    scale: float
+    gelu: Gelu = "exact"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    compute_dtype: Any = None
+
+    norm_epsilon: ClassVar[float]  # of both norms
+    token_axes: ClassVar[tuple[int, ...]]  # all axes of the input but the first: a branch is dropped by example
+
+    def setup(self) -> None:
+        """Declares the parts."""
+        dtype = self.compute_dtype
+        self.norm1 = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=dtype)
+        self.attention = Attention(self.width, self.heads, self.qk_dim, self.v_dim, self.scale, dtype)
+        self.norm2 = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=dtype)
+        self.mlp = Mlp(self.width, self.mlp_hidden, self.gelu, self.dropout, dtype)
+        self.drop_branch = nn.Dropout(self.drop_path, broadcast_dims=self.token_axes)
+        self.drop_units = nn.Dropout(self.dropout)
+
+    def add(self, x: Array, branch: Array, *, train: bool = False) -> Array:
+        """x plus the attention's output, which training drops at random."""
+        branch = self.drop_units(branch, deterministic=not train)
+        return x + self.drop_branch(branch, deterministic=not train)
+
+    def feed_forward(self, x: Array, *, train: bool = False) -> Array:
+        """x + mlp(norm(x)), for each token by itself."""
+        branch = self.mlp(self.norm2(x), train=train)
+        return x + self.drop_branch(branch, deterministic=not train)
 
 
 def exact_gelu(x: Array) -> Array:

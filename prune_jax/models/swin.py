@@ -16,9 +16,8 @@ from jax import Array
 
 from prune_jax.models.layers import (
     BLOCK_WIDTHS,
-    Attention,
+    Block,
     Gelu,
-    Mlp,
     check_gelu,
     dense,
     drop_path_rates,
@@ -35,58 +34,34 @@ SIZES: dict[str, dict[str, Any]] = {
 FAR = -100.0  # logit of a pair that shifting brought into one window but the image keeps apart
 
 
-class WindowBlock(nn.Module):
+class WindowBlock(Block, kw_only=True):
     """One Swin block: attention inside windows, which every second block shifts by half a window; then the MLP.
 
     An axis no longer than the window is one window, unshifted. Otherwise the map is padded with zeros after the norm to
     whole windows, and the padding cut off again.
 
     Attributes:
-      width: channels.
-      heads: number of heads.
-      qk_dim: query and key channels of each head.
-      v_dim: value channels of each head.
-      mlp_hidden: hidden channels of the MLP.
       window: side of a window.
       shifted: whether this block shifts its windows.
-      scale: factor on the attention logits.
-      gelu: "exact" or "tanh".
-      dropout: rate after the attention and in the MLP, in training.
-      drop_path: rate at which a residual branch of an example is dropped, in training.
-      compute_dtype: dtype of the matmuls; None keeps float32.
+      (and those of `layers.Block`)
     """
 
-    width: int
-    heads: int
-    qk_dim: int
-    v_dim: int
-    mlp_hidden: int
     window: int
     shifted: bool
-    scale: float
-    gelu: Gelu = "exact"
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    compute_dtype: Any = None
+
+    norm_epsilon = 1e-5
+    token_axes = (1, 2, 3)
 
     def setup(self) -> None:
         """Declares the parts."""
-        dtype = self.compute_dtype
-        self.norm1 = nn.LayerNorm(epsilon=1e-5, dtype=dtype)
-        self.attention = Attention(self.width, self.heads, self.qk_dim, self.v_dim, self.scale, dtype)
+        super().setup()
         offsets = (2 * self.window - 1) ** 2
         self.relative_position_bias = self.param("relative_position_bias", initialise, (offsets, self.heads))
-        self.norm2 = nn.LayerNorm(epsilon=1e-5, dtype=dtype)
-        self.mlp = Mlp(self.width, self.mlp_hidden, self.gelu, self.dropout, dtype)
-        self.drop_branch = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))
-        self.drop_units = nn.Dropout(self.dropout)
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Feature map (B, H, W, D) -> (B, H, W, D)."""
-        branch = self.drop_units(self.windows(self.norm1(x)), deterministic=not train)
-        x = x + self.drop_branch(branch, deterministic=not train)
-        branch = self.mlp(self.norm2(x), train=train)
-        return x + self.drop_branch(branch, deterministic=not train)
+        x = self.add(x, self.windows(self.norm1(x)), train=train)
+        return self.feed_forward(x, train=train)
 
     def windows(self, x: Array) -> Array:
         """Attention inside the windows of a feature map (B, H, W, D)."""

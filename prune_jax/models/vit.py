@@ -16,9 +16,8 @@ from jax import Array
 
 from prune_jax.models.layers import (
     BLOCK_WIDTHS,
-    Attention,
+    Block,
     Gelu,
-    Mlp,
     check_gelu,
     dense,
     drop_path_rates,
@@ -35,8 +34,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class Block(nn.Module):
-    """One encoder block: x + attention(norm(x)), then x + mlp(norm(x)).
+class EncoderBlock(Block):
+    """One encoder block: x + attention(norm(x)), then x + mlp(norm(x)); attributes as of `layers.Block`.
 
     Methods that change which tokens a block computes, or how they attend, put it together from its parts::
 
@@ -44,55 +43,15 @@ class Block(nn.Module):
         p = block.attention.probabilities(q, k)
         x = block.add(x, block.attention.combine(p, v), train=train)
         x = block.feed_forward(x, train=train)  # the same as block(x, train=train)
-
-    Attributes:
-      width: channels of a token.
-      heads: number of heads.
-      qk_dim: query and key channels of each head.
-      v_dim: value channels of each head.
-      mlp_hidden: hidden channels of the MLP.
-      scale: factor on the attention logits.
-      gelu: "exact" or "tanh".
-      dropout: rate after the attention and in the MLP, in training.
-      drop_path: rate at which a residual branch of an example is dropped, in training.
-      compute_dtype: dtype of the matmuls; None keeps float32.
     """
 
-    width: int
-    heads: int
-    qk_dim: int
-    v_dim: int
-    mlp_hidden: int
-    scale: float
-    gelu: Gelu = "exact"
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    compute_dtype: Any = None
-
-    def setup(self) -> None:
-        """Declares the parts."""
-        dtype = self.compute_dtype
-        self.norm1 = nn.LayerNorm(epsilon=1e-6, dtype=dtype)
-        self.attention = Attention(self.width, self.heads, self.qk_dim, self.v_dim, self.scale, dtype)
-        self.norm2 = nn.LayerNorm(epsilon=1e-6, dtype=dtype)
-        self.mlp = Mlp(self.width, self.mlp_hidden, self.gelu, self.dropout, dtype)
-        self.drop_branch = nn.Dropout(self.drop_path, broadcast_dims=(1, 2))
-        self.drop_units = nn.Dropout(self.dropout)
+    norm_epsilon = 1e-6
+    token_axes = (1, 2)
 
     def __call__(self, x: Array, *, weights: Array | None = None, train: bool = False) -> Array:
         """Tokens (B, N, D) -> (B, N, D); `weights` as `Attention.probabilities` takes them."""
         x = self.add(x, self.attention(self.norm1(x), weights=weights), train=train)
         return self.feed_forward(x, train=train)
-
-    def add(self, x: Array, branch: Array, *, train: bool = False) -> Array:
-        """x plus the attention's output, which training drops at random."""
-        branch = self.drop_units(branch, deterministic=not train)
-        return x + self.drop_branch(branch, deterministic=not train)
-
-    def feed_forward(self, x: Array, *, train: bool = False) -> Array:
-        """x + mlp(norm(x)), for each token by itself."""
-        branch = self.mlp(self.norm2(x), train=train)
-        return x + self.drop_branch(branch, deterministic=not train)
 
 
 class ViT(nn.Module):
@@ -204,7 +163,7 @@ class ViT(nn.Module):
         self.drop_units = nn.Dropout(self.dropout)
         rates = drop_path_rates(self.drop_path, self.depth)
         common = {"gelu": self.gelu, "dropout": self.dropout, "compute_dtype": dtype}
-        self.blocks = [Block(**w, **common, drop_path=r) for w, r in zip(self.block_widths, rates, strict=True)]
+        self.blocks = [EncoderBlock(**w, **common, drop_path=r) for w, r in zip(self.block_widths, rates, strict=True)]
         self.norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype)
         if self.pre_logits is not None:
             self.pre_logits_dense = dense(self.pre_logits, dtype)
