@@ -213,7 +213,7 @@ def _one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
     augment = classification.crop_and_flip if config.augment else None
 
     def zeros(state: classification.State) -> dict[str, Array]:
-        """The path: which part of each layer of Gamma (of W, without a path) is zero."""
+        """The path: which part of each layer of Gamma is zero; nothing for an arm without one."""
         if is_path(arm):
             found = jax.tree_util.tree_leaves_with_path(layer_sparsity(state.opt_state))
             return {"zero " + cut.leaf_name(path).removesuffix("/kernel"): value for path, value in found}

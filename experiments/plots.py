@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, patheffects
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -101,11 +102,7 @@ def curves(
             color=_MUTED,
         )
     axis.margins(y=0.15)
-    axis.grid(axis="y", color=_GRID, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(x_label, color=_INK)
-    axis.set_ylabel(y_label, color=_INK)
-    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    _dress(axis, title, x_label, y_label)
     save(figure, path)
 
 
@@ -137,11 +134,7 @@ def histogram(
         axis.stairs(heights, edges, color=colour, linewidth=1.4, label=f"{name}: mean {means[name]:.2f}")
     axis.legend(fontsize=8, frameon=False)
     axis.set_ylim(bottom=0)
-    axis.grid(axis="y", color=_GRID, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(x_label, color=_INK)
-    axis.set_ylabel(y_label, color=_INK)
-    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    _dress(axis, title, x_label, y_label)
     save(figure, path)
 
 
@@ -220,10 +213,7 @@ def panels(
                 axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         for (name, (x, y)), shape in zip((marks or {}).get(panel, {}).items(), "sD^v", strict=False):
             (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=_MUTED, markersize=5)
-        axis.grid(axis="y", color=_GRID, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(panel, fontsize=9, color=_INK, loc="left")
-        axis.set_xlabel(x_label, color=_INK)
+        _dress(axis, panel, x_label, size=9)
     axes[0].set_ylabel(y_label, color=_INK)
     if y_limits != (None, None):
         axes[0].set_ylim(*y_limits)
@@ -348,9 +338,7 @@ def bands(
             axis.plot(x, high, color=colour, linewidth=0.9)
         if log:
             axis.set_yscale("log")
-        axis.grid(axis="y", color=_GRID, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(panel, fontsize=9, color=_INK, loc="left")
+        _dress(axis, panel, size=9)
     axes[0].set_ylabel(y_label, color=_INK)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
@@ -358,6 +346,15 @@ def bands(
     figure.supxlabel(x_label + (f"\n\n{wrapped}" if caption else ""), fontsize=8, color=_INK)
     figure.suptitle(title, fontsize=10, color=_INK, x=0.01, ha="left")
     save(figure, path)
+
+
+def _dress(axis: Axes, title: str, x_label: str = "", y_label: str = "", *, size: float = 10) -> None:
+    """The look of all axes with numbers: level lines, no frame, a title of that size at the left."""
+    axis.grid(axis="y", color=_GRID, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(x_label, color=_INK)
+    axis.set_ylabel(y_label, color=_INK)
+    axis.set_title(title, fontsize=size, color=_INK, loc="left")
 
 
 def save(figure: Figure, path: Path) -> None:

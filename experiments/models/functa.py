@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import functa_jax as fj
+from experiments.pictures import to_bytes
 from experiments.training import replicate
 
 _BLOCK = 8  # images fitted at once on each device: on a CPU, so few that they stay in its cache
@@ -92,7 +93,7 @@ class Functa:
         height, width, _ = self.image_shape
         local = jax.device_get(params.model)  # each process renders for itself
         images = fj.render(self.model.apply, local, latents, (scale * height, scale * width))
-        return np.asarray(jnp.rint(jnp.clip(images, 0, 1) * 255), dtype=np.uint8)
+        return to_bytes(np.asarray(images))
 
     def with_steps(self, params: fj.MetaParams, steps: int) -> tuple["Functa", fj.MetaParams]:
         """The same network with another number of inner steps; steps beyond the trained ones take the last one's rates.
