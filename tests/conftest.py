@@ -7,6 +7,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-pytest.register_assert_rewrite("contract")  # the checks shared by all optax transforms
+pytest.register_assert_rewrite("contract", "study_runs")  # checks shared by all optax transforms, and by all studies
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

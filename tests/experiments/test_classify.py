@@ -1,13 +1,12 @@
 """The classify study: learns from latents, chooses on validation, stands beside the right published cells."""
 
-import dataclasses
 import shutil
 
 import numpy as np
 import pytest
+from study_runs import run_preset
 
-from experiments import config, execute, logs, runs
-from experiments.config import Options
+from experiments import logs, runs
 from experiments.published import table
 from experiments.runs import RunError
 from experiments.studies import classify
@@ -41,8 +40,7 @@ def make_functaset(folder, name, shape, dataset):
 
 @pytest.fixture
 def functasets(tmp_path, monkeypatch):
-    """Small functasets in place of those that the presets name, and no compilation cache of the user."""
-    monkeypatch.setenv("COMPACT_JAX_CACHE", str(tmp_path / "cache"))
+    """Small functasets in place of those that the presets name."""
     found = {}
 
     def finished_run(options, study, name):
@@ -57,13 +55,12 @@ def functasets(tmp_path, monkeypatch):
     return found
 
 
-def run_preset(tmp_path, name, **changes):
-    asked = dataclasses.replace(config.preset("classify", name).config, **changes)
-    return execute.execute("classify", name, asked, Options(runs_dir=tmp_path), ["run", "classify", name])
+def classified(tmp_path, name, **changes):
+    return run_preset(tmp_path, "classify", name, **changes)[1]
 
 
 def test_it_learns_chooses_on_validation_and_draws(functasets, tmp_path):
-    result = run_preset(tmp_path, "tiny", epochs=15, curve_every=5, learning_rate=0.02)
+    result = classified(tmp_path, "tiny", epochs=15, curve_every=5, learning_rate=0.02)
     metrics = result["metrics"]
     assert metrics["test_accuracy"] > 0.9
     assert metrics["train_latents"] == 600
@@ -82,7 +79,7 @@ def test_it_learns_chooses_on_validation_and_draws(functasets, tmp_path):
 @pytest.mark.parametrize("head", ["conv", "residual"])
 def test_heads_for_grids_learn(functasets, tmp_path, head):
     changes = {"widths": (8, 8), "batch_size": 48, "epochs": 6, "evaluate_every": 2, "cell_dropout": 0.0}
-    result = run_preset(tmp_path, "cifar10-spatial", head=head, learning_rate=0.01, **changes)
+    result = classified(tmp_path, "cifar10-spatial", head=head, learning_rate=0.01, **changes)
     assert result["metrics"]["test_accuracy"] > 0.5
     (comparison,) = result["comparisons"]
     assert (comparison["report"], comparison["table"], comparison["published"]) == ("A", 3, 56.24)
@@ -90,7 +87,7 @@ def test_heads_for_grids_learn(functasets, tmp_path, head):
 
 def test_curves_of_report_b_stand_beside_its_rows(functasets, tmp_path):
     """At 100 epochs and so on; here the epochs are short ones."""
-    result = run_preset(tmp_path, "cifar10-b-mlp1", epochs=200, batch_size=300, evaluate_every=50, widths=(8,))
+    result = classified(tmp_path, "cifar10-b-mlp1", epochs=200, batch_size=300, evaluate_every=50, widths=(8,))
     found = {(c["quantity"], c["published"]) for c in result["comparisons"]}
     assert found == {
         ("test accuracy after 100 epochs", 0.4109),
@@ -124,22 +121,22 @@ def test_published_settings_are_those_of_the_reports():
 
 def test_bad_requests_are_refused_before_training(functasets, tmp_path):
     with pytest.raises(ValueError, match=r"copies=3, but .* has 1 augmented copies"):
-        run_preset(tmp_path, "tiny", copies=3)
+        classified(tmp_path, "tiny", copies=3)
     with pytest.raises(ValueError, match="batch_size=301 is more than there are train images"):
-        run_preset(tmp_path, "tiny", batch_size=301)
+        classified(tmp_path, "tiny", batch_size=301)
     with pytest.raises(ValueError, match="curve_every=7 is not a multiple of evaluate_every=5"):
-        run_preset(tmp_path, "tiny", curve_every=7)
+        classified(tmp_path, "tiny", curve_every=7)
     directory, result = functasets["tiny-0"]
     result["metrics"]["model"] = "other"
     with pytest.raises(files.FunctasetError, match=r"train.npz was made by the model m, not by other"):
-        run_preset(tmp_path, "tiny")
+        classified(tmp_path, "tiny")
     result["config"]["splits"] = ["train", "test"]
     with pytest.raises(ValueError, match="'tiny-0' has no validation split"):
-        run_preset(tmp_path, "tiny")
+        classified(tmp_path, "tiny")
     shutil.rmtree(directory)
 
 
 def test_a_missing_functaset_comes_with_its_command(tmp_path):
     with pytest.raises(RunError, match=r"First run: python -m experiments run functaset mnist --runs-dir"):
-        run_preset(tmp_path, "mnist")
+        classified(tmp_path, "mnist")
     assert runs.read_result(tmp_path / "classify" / "mnist-0") is None

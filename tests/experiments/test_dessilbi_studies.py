@@ -7,10 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from PIL import Image
+from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import config, cut, execute, path_study, path_tables
-from experiments.config import Options
+from experiments import cut, path_study, path_tables
 from experiments.published import published
 from experiments.studies import dessilbi_cifar10, dessilbi_mnist
 from experiments.training import Plan
@@ -64,13 +63,7 @@ def test_layers_that_are_not_there_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
-        preset = config.preset("dessilbi-mnist", "tiny").config
-        arguments = ["run", "dessilbi-mnist", "tiny"]
-        result = execute.execute("dessilbi-mnist", "tiny", preset, Options(runs_dir=folder), arguments)
-    return folder / "dessilbi-mnist" / "tiny-0", result
+    return run_preset(tmp_path_factory.mktemp("runs"), "dessilbi-mnist")
 
 
 @pytest.mark.slow
@@ -99,23 +92,14 @@ def test_finished_parts_are_not_trained_again(tiny: tuple[Path, dict], monkeypat
         raise AssertionError("trained again")
 
     monkeypatch.setattr(path_study.training, "fit", fit)
-    preset = config.preset("dessilbi-mnist", "tiny").config
-    arguments = ["run", "dessilbi-mnist", "tiny"]
-    again = execute.execute("dessilbi-mnist", "tiny", preset, Options(runs_dir=directory.parent.parent), arguments)
+    _, again = run_preset(directory.parent.parent, "dessilbi-mnist")
     assert again["metrics"] == result["metrics"]
 
 
 @pytest.mark.slow
 def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
-    before = {name: (directory / name).read_bytes() for name in result["figures"]}
-    for name in before:
-        (directory / name).unlink()
-    dessilbi_mnist.draw(directory, result)
-    for name, content in before.items():
-        with Image.open(directory / name) as image:
-            assert min(image.size) > 100
-        assert (directory / name).read_bytes() == content
+    check_figures_come_from_the_logs(dessilbi_mnist.draw, directory, result)
 
 
 def _records(preset: path_study.Config, layers: list[str]) -> dict:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import config, data, execute, logs
-from experiments.config import Options
+from experiments import config, data, logs
 from experiments.models.functa import Functa
 from experiments.published import published
 from experiments.studies import functa
@@ -65,12 +64,7 @@ def test_a_latent_is_a_number_or_a_grid_on_the_command_line(arguments: list[str]
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-grid"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    name, folder = request.param, tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
-        preset = config.preset("functa", name).config
-        result = execute.execute("functa", name, preset, Options(runs_dir=folder), ["run", "functa", name])
-    return folder / "functa" / f"{name}-0", result
+    return run_preset(tmp_path_factory.mktemp("runs"), "functa", request.param)
 
 
 def test_result_is_written_and_says_where_it_comes_from(tiny: tuple[Path, dict]) -> None:
@@ -89,14 +83,7 @@ def test_training_lowers_the_loss(tiny: tuple[Path, dict]) -> None:
 
 def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
-    before = {name: (directory / name).read_bytes() for name in result["figures"]}
-    for name in before:
-        (directory / name).unlink()
-    functa.draw(directory, result)
-    for name, content in before.items():
-        with Image.open(directory / name) as image:
-            assert min(image.size) > 100
-        assert (directory / name).read_bytes() == content
+    check_figures_come_from_the_logs(functa.draw, directory, result)
 
 
 def test_logged_images_are_those_of_the_test_set(tiny: tuple[Path, dict]) -> None:

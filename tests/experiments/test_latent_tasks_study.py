@@ -1,6 +1,5 @@
 """The latent-tasks study: problems and their classical answers, choices on validation images, resuming, figures."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import classical, config, data, execute, logs, runs
+from experiments import classical, data, logs, runs
 from experiments.config import Options
 from experiments.models.restorer import Effort, Restorer
 from experiments.pictures import photograph_tiles
@@ -25,17 +24,9 @@ from experiments.training import data_mesh
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs: a tiny functa that was trained on some of the images, and the latent tasks on it."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
-        preset = dataclasses.replace(config.preset("functa", "tiny").config, train_images=1_000)
-        execute.execute("functa", "tiny", preset, Options(runs_dir=folder), ["run", "functa", "tiny"])
-        _tasks(folder)
+    run_preset(folder, "functa", train_images=1_000)
+    run_preset(folder, "latent-tasks")
     return folder
-
-
-def _tasks(folder: Path) -> dict:
-    preset = config.preset("latent-tasks", "tiny").config
-    return execute.execute("latent-tasks", "tiny", preset, Options(runs_dir=folder), ["run", "latent-tasks", "tiny"])
 
 
 @pytest.mark.parametrize("name", latent_tasks.PRESETS)
@@ -51,7 +42,7 @@ def test_preset_fits_together(name: str) -> None:
 
 
 def test_every_problem_has_its_row(folder: Path) -> None:
-    result = _tasks(folder)
+    result = run_preset(folder, "latent-tasks")[1]
     rows = {(row[0], row[1]): row for row in result["table"]["rows"]}
     assert list(rows) == [
         ("super-resolution", "2x"),
@@ -82,7 +73,7 @@ def test_finished_parts_are_kept_and_others_done_again(folder: Path, tmp_path: P
     kept = directory / "parts" / "inpainting" / "50-known" / "row.json"
     row = json.loads(kept.read_text())
     kept.write_text(json.dumps([*row[:5], row[5] + 1, *row[6:]]))
-    after = _tasks(tmp_path / "runs")
+    after = run_preset(tmp_path / "runs", "latent-tasks")[1]
     assert after["metrics"]["functa_psnr_inpainting_50% known"] == row[5] + 1
     assert after["table"]["rows"][:2] == before["table"]["rows"][:2]
 
@@ -90,15 +81,8 @@ def test_finished_parts_are_kept_and_others_done_again(folder: Path, tmp_path: P
 def test_figures_are_drawn_from_the_logs_alone(folder: Path) -> None:
     directory = folder / "latent-tasks" / "tiny-0"
     result = json.loads((directory / "result.json").read_text())
-    before = {name: (directory / name).read_bytes() for name in result["figures"]}
-    assert len(before) == 5
-    for name in before:
-        (directory / name).unlink()
-    latent_tasks.draw(directory, result)
-    for name, content in before.items():
-        with Image.open(directory / name) as image:
-            assert min(image.size) > 100
-        assert (directory / name).read_bytes() == content
+    assert len(result["figures"]) == len(set(result["figures"])) == 5
+    check_figures_come_from_the_logs(latent_tasks.draw, directory, result)
 
 
 def test_an_interpolation_starts_and_ends_at_its_images(folder: Path) -> None:
@@ -110,10 +94,9 @@ def test_an_interpolation_starts_and_ends_at_its_images(folder: Path) -> None:
     np.testing.assert_allclose(strip[4], (1.0 * strip[0] + strip[-1]) / 2, atol=1)
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPACT_JAX_CACHE", str(tmp_path / "cache"))
+def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(runs.RunError, match=r"needs the run functa/tiny-0, .* First run: .*run functa tiny"):
-        _tasks(tmp_path)
+        run_preset(tmp_path, "latent-tasks")
 
 
 def test_comparisons_are_with_images_the_network_was_not_made_for() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from study_runs import run_preset
 
 import functa_jax as fj
-from experiments import config, data, execute, trained
+from experiments import config, data, trained
 from experiments.checkpoints import CheckpointError
-from experiments.config import Options
 from experiments.runs import RunError
 from experiments.training import data_mesh
 
@@ -22,12 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPACT_JAX_CACHE", str(folder / "cache"))
-        preset = dataclasses.replace(config.preset("functa", "tiny").config, steps=25)
-        result = execute.execute("functa", "tiny", preset, Options(runs_dir=folder), ["run", "functa", "tiny"])
-    return folder / "functa" / "tiny-0", result
+    return run_preset(tmp_path_factory.mktemp("runs"), "functa", steps=25)
 
 
 def test_the_functa_comes_back_as_measured(run: tuple[Path, dict]) -> None:

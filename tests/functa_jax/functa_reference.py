@@ -5,6 +5,7 @@ the outer loss by central differences of everything.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -21,6 +22,21 @@ def random_params(model, *inputs, seed=0):
         return rng.uniform(-scale, scale, leaf.shape).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def check_batch_gradients(model, params, coords, latents):
+    """Asserts that gradients through a batch, of parameters and latents, are those of its images taken singly."""
+
+    def batch(params, latents):
+        return jnp.sum(jnp.square(model.apply({"params": params}, coords, latents)))
+
+    def singles(params, latents):
+        one = jax.vmap(lambda x, z: model.apply({"params": params}, x, z), in_axes=(0 if coords.ndim == 3 else None, 0))
+        return jnp.sum(jnp.square(one(coords, latents)))
+
+    found = jax.jit(jax.grad(batch, argnums=(0, 1)))(params, latents)
+    expected = jax.jit(jax.grad(singles, argnums=(0, 1)))(params, latents)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), found, expected)
 
 
 def linear(params, x):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from functa_reference import directional, modulated_siren, random_params
+from functa_reference import check_batch_gradients, directional, modulated_siren, random_params
 
 from functa_jax import ModulatedSiren
 
@@ -58,21 +58,8 @@ def test_agrees_with_numpy_for_one_image_and_for_batches(modulate, hidden):
 def test_gradients_of_a_batch_are_those_of_single_images(points):
     model = ModulatedSiren(**SMALL, modulate="both")
     shared, own, latents = inputs()
-    coords = shared if points == "shared" else own
     params = random_params(model, shared, latents[0])
-
-    def batch(params, latents):
-        return jnp.sum(jnp.square(model.apply({"params": params}, coords, latents)))
-
-    def singles(params, latents):
-        one = jax.vmap(
-            lambda x, z: model.apply({"params": params}, x, z), in_axes=(None if points == "shared" else 0, 0)
-        )
-        return jnp.sum(jnp.square(one(coords, latents)))
-
-    found = jax.jit(jax.grad(batch, argnums=(0, 1)))(params, latents)
-    expected = jax.jit(jax.grad(singles, argnums=(0, 1)))(params, latents)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), found, expected)
+    check_batch_gradients(model, params, shared if points == "shared" else own, latents)
 
 
 def test_gradient_in_latents_and_parameters_against_finite_differences():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from functa_reference import random_params, siren
+from functa_reference import check_batch_gradients, random_params, siren
 from scipy import interpolate, signal
 
 from functa_jax import SpatialModulatedSiren, coordinate_grid, curvature, fit_latents, meta_loss, render, subsample
@@ -148,21 +148,8 @@ def test_any_size_renders_the_same_function(interpolation):
 def test_gradients_of_a_batch_are_those_of_single_images(points, interpolation):
     model = SpatialModulatedSiren(**SMALL, modulate="both", interpolation=interpolation, kernel_size=3)
     shared, own, latents = inputs()
-    coords = shared if points == "shared" else own
     params = random_params(model, shared, latents[0])
-
-    def batch(params, latents):
-        return jnp.sum(jnp.square(model.apply({"params": params}, coords, latents)))
-
-    def singles(params, latents):
-        one = jax.vmap(
-            lambda x, z: model.apply({"params": params}, x, z), in_axes=(None if points == "shared" else 0, 0)
-        )
-        return jnp.sum(jnp.square(one(coords, latents)))
-
-    found = jax.jit(jax.grad(batch, argnums=(0, 1)))(params, latents)
-    expected = jax.jit(jax.grad(singles, argnums=(0, 1)))(params, latents)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), found, expected)
+    check_batch_gradients(model, params, shared if points == "shared" else own, latents)
 
 
 def test_grids_are_fitted_like_vectors():
