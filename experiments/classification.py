@@ -17,6 +17,7 @@ from experiments.training import Batch, PyTree, StepFunction, replicate
 
 PadMode = Literal["constant", "reflect"]
 Prepare = Callable[[Array], Array]
+Mix = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
 
 
 class State(NamedTuple):
@@ -83,6 +84,7 @@ def train_step(
     *,
     label_smoothing: float = 0.0,
     augment: Callable[[Array, Array], Array] | None = None,
+    mix: Mix | None = None,
     watch: Callable[[State], Mapping[str, Array]] | None = None,
 ) -> StepFunction:
     """One step on the cross entropy, for `training.fit`: (state, {"image", "label"}, key) -> (state, metrics).
@@ -93,6 +95,8 @@ def train_step(
       prepare: inputs to what the model takes, as `standardise` makes it.
       label_smoothing: share of the target spread evenly over all classes.
       augment: (key, inputs) -> inputs, before `prepare`; such as `crop_and_flip`.
+      mix: (key, inputs, labels) -> inputs, the labels of what was mixed in, and the share of the first ones' that is
+        left; after `augment`; such as `cutmix`.
       watch: further scalars to record, of the state after the step.
 
     Returns:
@@ -104,6 +108,9 @@ def train_step(
         inputs, labels = batch["image"], batch["label"]
         if augment is not None:
             inputs = augment(augment_key, inputs)
+        mixed_in, share = labels, jnp.ones(len(labels))
+        if mix is not None:
+            inputs, mixed_in, share = mix(jax.random.fold_in(augment_key, 1), inputs, labels)
         inputs = prepare(inputs)
 
         def loss_of(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
@@ -111,7 +118,9 @@ def train_step(
             logits, updated = model.apply(
                 variables, inputs, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
             )
-            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+            both = [jax.nn.one_hot(of, logits.shape[-1]) for of in (labels, mixed_in)]
+            hard = share[:, None] * both[0] + (1 - share[:, None]) * both[1] if mix is not None else both[0]
+            targets = optax.smooth_labels(hard, label_smoothing)
             loss = optax.softmax_cross_entropy(logits, targets).mean()
             return loss, (logits, updated.get("batch_stats", {}))
 
@@ -149,6 +158,34 @@ def crop_and_flip(key: Array, images: Array, *, pad: int = 4, flip: bool = True,
     return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
 
 
+def cutmix(key: Array, images: Array, labels: Array, *, alpha: float = 1.0) -> tuple[Array, Array, Array]:
+    """CutMix: a rectangle of each image is replaced by that of its neighbour in the batch (arXiv:1905.04899).
+
+    Args:
+      key: typed PRNG key.
+      images: (B, H, W, C), any dtype.
+      labels: int (B,).
+      alpha: the share of an image that stays is drawn from Beta(alpha, alpha), before the rectangle is clipped.
+
+    Returns:
+      Images; the labels of what was put in, (B,); and the share of each image that is left of it, exactly, (B,).
+    """
+    batch, height, width, _ = images.shape
+    share_key, row_key, column_key = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, (batch,)))
+
+    def inside(key: Array, length: int) -> Array:
+        """Which of `length` positions are in the rectangle, (B, length)."""
+        half = side * length / 2
+        middle = jax.random.uniform(key, (batch,)) * length
+        position = jnp.arange(length)[None] + 0.5
+        return jnp.abs(position - middle[:, None]) < half[:, None]
+
+    cut = inside(row_key, height)[:, :, None] & inside(column_key, width)[:, None, :]
+    mixed = jnp.where(cut[..., None], jnp.roll(images, 1, axis=0), images)
+    return mixed, jnp.roll(labels, 1), 1 - cut.mean((1, 2), dtype=jnp.float32)
+
+
 def measure(
     model: nn.Module,
     variables: PyTree,
@@ -159,7 +196,7 @@ def measure(
     *,
     block: int = 250,
 ) -> dict[str, float]:
-    """Accuracy, a fraction, and mean cross entropy over a whole split.
+    """Accuracy and top-5 accuracy, fractions, and mean cross entropy over a whole split.
 
     Args:
       model: called as `model.apply(variables, x, train=False)`.
@@ -173,7 +210,12 @@ def measure(
     logits = predict(model, variables, inputs, prepare, mesh, block=block).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
-    return {"accuracy": float(np.mean(logits.argmax(axis=1) == labels)), "loss": float(losses.mean())}
+    rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
+    return {
+        "accuracy": float(np.mean(logits.argmax(axis=1) == labels)),
+        "top5_accuracy": float(np.mean(rank < 5)),
+        "loss": float(losses.mean()),
+    }
 
 
 def accuracy(*arguments: Any, **options: Any) -> float:

@@ -21,6 +21,7 @@ STUDIES = {
     "siren": "experiments.studies.siren",
     "dessilbi-mnist": "experiments.studies.dessilbi_mnist",
     "dessilbi-cifar10": "experiments.studies.dessilbi_cifar10",
+    "vit": "experiments.studies.vit",
 }
 
 ConfigT = TypeVar("ConfigT")

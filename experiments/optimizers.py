@@ -1,6 +1,6 @@
 """The optimizers that the DessiLBI studies compare, by name, and their learning rate schedules."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +122,37 @@ def schedule(
     warmup = max(1, steps // 20)
     rise, fall = optax.linear_schedule(0.0, rate, warmup), optax.linear_schedule(rate, 0.0, max(1, steps - warmup))
     return optax.join_schedules([rise, fall], [warmup])
+
+
+class AveragingState(NamedTuple):
+    """State of `averaging`: that of its base, and the moving average of the parameters."""
+
+    base: optax.OptState
+    average: optax.Params
+
+
+def averaging(base: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """The base, which also keeps an exponential moving average of the parameters: a' = decay a + (1 - decay) W'.
+
+    Args:
+      base: any optimizer, its learning rate included.
+      decay: in [0, 1); the average reaches back some 1 / (1 - decay) steps. It starts at the first parameters, whose
+        weight is decay ** steps.
+    """
+
+    def update(
+        updates: optax.Updates, state: AveragingState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AveragingState]:
+        if params is None:
+            raise ValueError("params must be given to averaging, as update(updates, state, params), got None.")
+        updates, inner = base.update(updates, state.base, params)
+        now = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, now)
+        return updates, AveragingState(inner, average)
+
+    return optax.GradientTransformation(lambda params: AveragingState(base.init(params), params), update)
+
+
+def average_of(state: Any) -> optax.Params:
+    """The average that `averaging` keeps."""
+    return state.average
