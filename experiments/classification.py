@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.training import Batch, PyTree, StepFunction, replicate
+from prune_jax import distillation_loss
 
 PadMode = Literal["constant", "reflect"]
 Prepare = Callable[[Array], Array]
@@ -39,6 +40,20 @@ class State(NamedTuple):
     def variables(self) -> dict[str, PyTree]:
         """What `model.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Teacher(NamedTuple):
+    """A trained network whose answers training comes near to, beside the labels.
+
+    Attributes:
+      logits: prepared inputs -> logits.
+      share: of the loss that is the distance to them, in [0, 1].
+      temperature: see `prune_jax.distillation_loss`.
+    """
+
+    logits: Callable[[Array], Array]
+    share: float
+    temperature: float
 
 
 def standardise(inputs: np.ndarray) -> Prepare:
@@ -85,6 +100,7 @@ def train_step(
     label_smoothing: float = 0.0,
     augment: Callable[[Array, Array], Array] | None = None,
     mix: Mix | None = None,
+    teacher: Teacher | None = None,
     watch: Callable[[State], Mapping[str, Array]] | None = None,
 ) -> StepFunction:
     """One step on the cross entropy, for `training.fit`: (state, {"image", "label"}, key) -> (state, metrics).
@@ -97,6 +113,7 @@ def train_step(
       augment: (key, inputs) -> inputs, before `prepare`; such as `crop_and_flip`.
       mix: (key, inputs, labels) -> inputs, the labels of what was mixed in, and the share of the first ones' that is
         left; after `augment`; such as `cutmix`.
+      teacher: a network to learn from beside the labels.
       watch: further scalars to record, of the state after the step.
 
     Returns:
@@ -122,6 +139,9 @@ def train_step(
             hard = share[:, None] * both[0] + (1 - share[:, None]) * both[1] if mix is not None else both[0]
             targets = optax.smooth_labels(hard, label_smoothing)
             loss = optax.softmax_cross_entropy(logits, targets).mean()
+            if teacher is not None:
+                distance = distillation_loss(logits, teacher.logits(inputs), teacher.temperature).mean()
+                loss = (1 - teacher.share) * loss + teacher.share * distance
             return loss, (logits, updated.get("batch_stats", {}))
 
         (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

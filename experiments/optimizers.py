@@ -124,6 +124,17 @@ def schedule(
     return optax.join_schedules([rise, fall], [warmup])
 
 
+def adamw(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW for transformers: clipped gradients, b2 = 0.98, and decay for matrices alone, not for biases and norms."""
+
+    def matrices(params: optax.Params) -> Any:
+        return jax.tree.map(lambda w: w.ndim == 2, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=weight_decay, mask=matrices)
+    )
+
+
 class AveragingState(NamedTuple):
     """State of `averaging`: that of its base, and the moving average of the parameters."""
 

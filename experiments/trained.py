@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -72,6 +73,11 @@ class Base(NamedTuple):
     config: vit.Config
     result: dict[str, Any]
     mesh: Mesh
+
+    def logits(self, inputs: Array) -> Array:
+        """Prepared images (B, H, W, C) -> logits (B, classes)."""
+        found: Array = self.model.apply({"params": self.params}, inputs)
+        return found
 
     def measure(self, params: PyTree, split: data.Split, *, model: Any = None) -> dict[str, float]:
         """Accuracy, top-5 accuracy and loss of other parameters, and of another model where one is given."""

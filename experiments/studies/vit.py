@@ -153,13 +153,8 @@ def make_optimizer(config: Config, examples: int) -> optax.GradientTransformatio
     """AdamW; the rate rises over the warm-up and falls to zero by a cosine. Biases and norms are not decayed."""
     steps = config.epochs * (examples // config.batch_size)
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(1, round(config.warmup * steps)), steps)
-
-    def kernels(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda w: w.ndim == 2, params)
-
-    adamw = optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay, mask=kernels)
-    chain = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-    return optimizers.averaging(chain, config.average) if config.average else chain
+    adamw = optimizers.adamw(rate, config.weight_decay)
+    return optimizers.averaging(adamw, config.average) if config.average else adamw
 
 
 def initial_state(
