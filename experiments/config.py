@@ -22,6 +22,8 @@ STUDIES = {
     "dessilbi-mnist": "experiments.studies.dessilbi_mnist",
     "dessilbi-cifar10": "experiments.studies.dessilbi_cifar10",
     "vit": "experiments.studies.vit",
+    "l1-regularization": "experiments.studies.l1_regularization",
+    "l1-pruning": "experiments.studies.l1_pruning",
 }
 
 ConfigT = TypeVar("ConfigT")

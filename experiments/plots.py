@@ -70,6 +70,7 @@ def curves(
     x_label: str,
     y_label: str,
     levels: Mapping[str, float] | None = None,
+    log_x: bool = False,
 ) -> None:
     """Draws lines named with their last values, and horizontal levels (such as a published number) named on the line.
 
@@ -80,9 +81,12 @@ def curves(
       x_label: with unit.
       y_label: with unit.
       levels: name -> y.
+      log_x: logarithmic x.
     """
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
+    if log_x:
+        axis.set_xscale("log")
     for colour, (name, (x, y)) in zip(_COLOURS, series.items(), strict=False):
         marker = "o" if len(x) < 30 else None
         axis.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=3, label=f"{name}: {y[-1]:.2f}")
@@ -302,6 +306,35 @@ def confusion(counts: np.ndarray, names: Sequence[str], path: Path, *, title: st
     axis.set_xlabel("answer", color=_INK)
     axis.set_ylabel("true class (rows add up to 100 %)", color=_INK)
     axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    save(figure, path)
+
+
+def matrix(
+    rows: Mapping[str, Sequence[float]], columns: Sequence[str], path: Path, *, title: str, x_label: str
+) -> None:
+    """Draws a table of shares in %, each cell as dark as its number.
+
+    Args:
+      rows: name -> a value in 0..100 for each column.
+      columns: names.
+      path: PNG to write.
+      title: above.
+      x_label: of the columns.
+    """
+    values = np.array(list(rows.values()))
+    longest = max(map(len, rows))
+    size = (1.2 + 0.075 * longest + 0.55 * len(columns), 1.1 + 0.22 * len(rows))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")  # 100 % stays light enough to read
+    for (row, column), value in np.ndenumerate(values):
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=_INK)
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    axis.tick_params(length=0)
+    axis.spines[:].set_color(_GRID)
+    axis.set_xlabel(x_label, color=_INK, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, round(13 * size[0]))), fontsize=10, color=_INK)
     save(figure, path)
 
 

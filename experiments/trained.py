@@ -76,8 +76,7 @@ class Base(NamedTuple):
 
     def logits(self, inputs: Array) -> Array:
         """Prepared images (B, H, W, C) -> logits (B, classes)."""
-        found: Array = self.model.apply({"params": self.params}, inputs)
-        return found
+        return jnp.asarray(self.model.apply({"params": self.params}, inputs))
 
     def measure(self, params: PyTree, split: data.Split, *, model: Any = None) -> dict[str, float]:
         """Accuracy, top-5 accuracy and loss of other parameters, and of another model where one is given."""

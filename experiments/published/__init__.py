@@ -52,3 +52,19 @@ def published(report: str, number: int | str, *, row: Cell | tuple[Cell, ...], c
       96.34
     """
     return table(report, number).cell(row, column)
+
+
+def published_number(report: str, number: int | str, *, row: Cell | tuple[Cell, ...], column: str) -> float:
+    """As `published`, for what one calculates with.
+
+    Raises:
+      ValueError: as `published`, or the cell is no number.
+
+    Example:
+      >>> published_number("A", 4, row=0, column="accuracy")
+      0.9852
+    """
+    cell = published(report, number, row=row, column=column)
+    if not isinstance(cell, int | float):
+        raise ValueError(f"report {report}, table {number}, row {row!r}, {column!r} is no number but {cell!r}")
+    return float(cell)

@@ -91,3 +91,34 @@ def test_crop_and_flip_moves_whole_images() -> None:
     out = classification.crop_and_flip(jax.random.key(0), jnp.asarray(np.repeat(image, 600, 0)), pad=1)
     assert out.dtype == jnp.uint8
     assert {np.asarray(one).tobytes() for one in out} == possible
+
+
+def test_cutmix_gives_the_share_that_is_left() -> None:
+    images = jnp.broadcast_to(jnp.arange(6, dtype=jnp.uint8)[:, None, None, None], (6, 9, 7, 3))
+    mixed, others, share = jax.jit(classification.cutmix)(jax.random.key(3), images, jnp.arange(6))
+    np.testing.assert_array_equal(others, [5, 0, 1, 2, 3, 4])
+    assert mixed.dtype == jnp.uint8
+    own, put_in = mixed == images, mixed == jnp.roll(images, 1, axis=0)
+    assert bool((own | put_in).all())
+    np.testing.assert_allclose(share, own.mean((1, 2, 3)), rtol=1e-6)
+    assert float(share.min()) > 0
+    assert float(share.max()) < 1
+    for where in np.asarray(put_in[..., 0]):  # a rectangle
+        np.testing.assert_array_equal(where, where.any(1)[:, None] & where.any(0)[None])
+
+
+def test_mixed_labels_and_a_teacher_enter_the_loss() -> None:
+    model, optimizer = Net(norm=False), optax.sgd(1.0)
+    x, y = jax.random.normal(jax.random.key(0), (3, 5)), jnp.array([0, 3, 9])
+    share = jnp.array([0.2, 0.5, 1.0])
+    state = classification.initialise(model, optimizer, x, jax.random.key(1))
+    log_p = jax.nn.log_softmax(model.apply(state.variables, x))
+    mixing = classification.train_step(model, optimizer, lambda x: x, mix=lambda key, x, y: (x, jnp.roll(y, 1), share))
+    of = [log_p[jnp.arange(3), labels] for labels in (y, jnp.roll(y, 1))]
+    _, metrics = mixing(state, {"image": x, "label": y}, jax.random.key(2))
+    np.testing.assert_allclose(metrics["loss"], -(share * of[0] + (1 - share) * of[1]).mean(), rtol=1e-5)
+    teacher = classification.Teacher(lambda inputs: jnp.zeros((3, 10)), 0.25, 1.0)
+    taught = classification.train_step(model, optimizer, lambda x: x, teacher=teacher)
+    _, metrics = taught(state, {"image": x, "label": y}, jax.random.key(2))
+    distance = (jnp.log(0.1) - log_p).mean()  # from the uniform distribution
+    np.testing.assert_allclose(metrics["loss"], -0.75 * of[0].mean() + 0.25 * distance, rtol=1e-5)
