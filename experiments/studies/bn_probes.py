@@ -68,7 +68,7 @@ PRESETS = {
     "vgg-a-cpu": Preset(
         Config(width=0.5, batch_size=64, steps=150, steps_per_call=5, probe_every=10),
         "VGG-A of half the width, the first 150 steps at the learning rates of both reports",
-        "12 min on one CPU core",
+        "20 min on one CPU core",
         "bands of the network with BN narrower than those of the one without",
     ),
     "tiny": Preset(
