@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 _INK, _MUTED, _GRID = "#222222", "#666666", "#dddddd"
@@ -71,6 +72,8 @@ def curves(
     y_label: str,
     levels: Mapping[str, float] | None = None,
     log_x: bool = False,
+    log_y: bool = False,
+    last: bool = True,
 ) -> None:
     """Draws lines named with their last values, and horizontal levels (such as a published number) named on the line.
 
@@ -81,15 +84,25 @@ def curves(
       x_label: with unit.
       y_label: with unit.
       levels: name -> y.
-      log_x: logarithmic x.
+      log_x: logarithmic x; few different values are its ticks.
+      log_y: logarithmic y.
+      last: whether the names carry the last values.
     """
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
+    for i, (name, (x, y)) in enumerate(series.items()):
+        colour, style = _COLOURS[i % len(_COLOURS)], "-" if i < len(_COLOURS) else "--"
+        marker = "o" if len(x) < 30 else None
+        label = f"{name}: {y[-1]:.2f}" if last else name
+        axis.plot(x, y, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=3, label=label)
     if log_x:
         axis.set_xscale("log")
-    for colour, (name, (x, y)) in zip(_COLOURS, series.items(), strict=False):
-        marker = "o" if len(x) < 30 else None
-        axis.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=3, label=f"{name}: {y[-1]:.2f}")
+        ticks = sorted({value for x, _ in series.values() for value in x})
+        if len(ticks) < 12:
+            axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
+            axis.set_xticks([], minor=True)
+    if log_y:
+        axis.set_yscale("log")
     # A legend, since names at the ends of lines that end close together would write over each other.
     axis.legend(fontsize=9, frameon=False, labelcolor="linecolor", loc="best")
     for name, level in (levels or {}).items():
@@ -310,7 +323,13 @@ def confusion(counts: np.ndarray, names: Sequence[str], path: Path, *, title: st
 
 
 def matrix(
-    rows: Mapping[str, Sequence[float]], columns: Sequence[str], path: Path, *, title: str, x_label: str
+    rows: Mapping[str, Sequence[float]],
+    columns: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+    x_label: str,
+    log: bool = False,
 ) -> None:
     """Draws a table of shares in %, each cell as dark as its number.
 
@@ -320,15 +339,21 @@ def matrix(
       path: PNG to write.
       title: above.
       x_label: of the columns.
+      log: as dark as the logarithm, for shares of very different sizes; zeros are red.
     """
     values = np.array(list(rows.values()))
     longest = max(map(len, rows))
     size = (1.2 + 0.075 * longest + 0.55 * len(columns), 1.1 + 0.22 * len(rows))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axis = figure.subplots()
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")  # 100 % stays light enough to read
+    least = values[values > 0].min(initial=100.0)
+    scale = LogNorm(least / 2, 1000) if log else Normalize(0, 130)  # the largest stay light enough to read
+    axis.imshow(np.where(log & (values == 0), np.nan, values), cmap="Blues", norm=scale, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=_INK)
+        zero = log and value == 0
+        text = f"{value:#.2g}".rstrip(".") if log and not zero else f"{value:.0f}"
+        colour, weight = (_COLOURS[1], "bold") if zero else (_INK, "normal")
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour, weight=weight)
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
     axis.tick_params(length=0)

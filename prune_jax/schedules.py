@@ -128,16 +128,16 @@ def iterative_masks(
     groups = group_leaves(shapes, scope, exclude)
     counts = np.stack([cut_counts(shapes, groups, sparsity) for sparsity in rounds])
 
-    @jax.jit
-    def run(params: PyTree) -> tuple[PyTree, list[jax.Array]]:
+    @jax.jit  # the counts are an argument, so that a cache of compiled programs serves all sparsities
+    def run(params: PyTree, counts: jax.Array) -> tuple[PyTree, list[jax.Array]]:
         def one_round(masks: PyTree, cut: jax.Array) -> tuple[PyTree, list[jax.Array]]:
             scores = score_fn(apply_masks(params, masks))
             nan = [jnp.isnan(leaf).any() for leaf in jax.tree.leaves(scores)]
             return masks_from_counts(below_cut(scores, masks), groups, cut), nan
 
-        return jax.lax.scan(one_round, all_kept(shapes, groups), jnp.asarray(counts))
+        return jax.lax.scan(one_round, all_kept(shapes, groups), counts)
 
-    masks, nan = run(params)
+    masks, nan = run(params, jnp.asarray(counts))
     if not any(isinstance(flag, jax.core.Tracer) for flag in nan):
         paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
         for path, flags in zip(paths, nan, strict=True):

@@ -23,6 +23,8 @@ class ResNet(nn.Module):
       bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, the last four times as wide, instead of two 3x3 ones.
       projection: 1x1 convolutions where a shortcut changes shape; else it is subsampled and padded with zero channels.
       classes: number of logits.
+      last_scale: where the scale of each block's last normalisation starts; at zero a block starts as its shortcut, and
+        no gradient reaches its convolutions in the first step.
       method: how convolutions are computed, see `convolve`.
     """
 
@@ -31,6 +33,7 @@ class ResNet(nn.Module):
     bottleneck: bool = False
     projection: bool = False
     classes: int = 10
+    last_scale: float = 0.0
     method: Method = "auto"
 
     @nn.compact
@@ -46,6 +49,7 @@ class ResNet(nn.Module):
                     2 if stage > 0 and block == 0 else 1,
                     self.bottleneck,
                     self.projection,
+                    self.last_scale,
                     conv,
                     norm,
                     name=f"stage{stage + 1}_block{block + 1}",
@@ -54,13 +58,14 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """One residual block; the last normalisation starts at zero, so that the block starts as its shortcut.
+    """One residual block.
 
     Attributes:
       features: channels of the 3x3 convolutions.
       stride: of the first 3x3 convolution.
       bottleneck: see `ResNet`, like `projection`.
-      projection: see there.
+      projection: see there, like
+      last_scale.
       conv: makes a convolution without bias.
       norm: makes a batch normalisation.
     """
@@ -69,6 +74,7 @@ class Block(nn.Module):
     stride: int
     bottleneck: bool
     projection: bool
+    last_scale: float
     conv: Callable[..., Any]
     norm: Callable[..., Any]
 
@@ -87,7 +93,7 @@ class Block(nn.Module):
             y = self.conv(features, (size, size), step, name=f"conv{number}")(y)
             if number < len(layers):
                 y = nn.relu(self.norm(name=f"norm{number}")(y))
-        y = self.norm(name=f"norm{len(layers)}", scale_init=nn.initializers.zeros_init())(y)
+        y = self.norm(name=f"norm{len(layers)}", scale_init=nn.initializers.constant(self.last_scale))(y)
         return nn.relu(y + self._shortcut(x, y))
 
     def _shortcut(self, x: Array, y: Array) -> Array:
