@@ -15,6 +15,7 @@ from experiments.data import check_choice
 STUDIES = {
     "bn-probes": "experiments.studies.bn_probes",
     "classify": "experiments.studies.classify",
+    "dimap": "experiments.studies.dimap",
     "functa": "experiments.studies.functa",
     "functaset": "experiments.studies.functaset",
     "latent-tasks": "experiments.studies.latent_tasks",
