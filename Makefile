@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # The demo is a sequence of studies, each a chapter: STUDY/PRESET.
-DEMO := functa/digits functaset/digits classify/digits dessilbi-mnist/digits
+DEMO := functa/digits functaset/digits classify/digits dessilbi-mnist/digits vit/digits structural-pruning/digits
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench report clean

@@ -23,6 +23,7 @@ STUDIES = {
     "dessilbi-mnist": "experiments.studies.dessilbi_mnist",
     "dessilbi-cifar10": "experiments.studies.dessilbi_cifar10",
     "prune-at-init": "experiments.studies.prune_at_init",
+    "structural-pruning": "experiments.studies.structural_pruning",
     "vit": "experiments.studies.vit",
     "l1-regularization": "experiments.studies.l1_regularization",
     "l1-pruning": "experiments.studies.l1_pruning",

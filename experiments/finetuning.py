@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
@@ -60,31 +60,36 @@ def steps_of(plan: FineTuning, examples: int) -> int:
     return max(1, round(plan.epochs * (examples // plan.batch_size)))
 
 
-def finetune(
+def finetune(run: Run, base: Base, params: PyTree, plan: FineTuning, **options: Any) -> PyTree:
+    """`finetune_variables` for a network without batch statistics: parameters to parameters."""
+    return finetune_variables(run, base, {"params": params}, plan, **options)["params"]
+
+
+def finetune_variables(
     run: Run,
     base: Base,
-    params: PyTree,
+    variables: PyTree,
     plan: FineTuning,
     *,
     seed: int,
-    model: nn.Module | None = None,
+    model: Any = None,
     wrap: Callable[[optax.GradientTransformation, optax.Schedule], optax.GradientTransformation] | None = None,
     validate: bool = True,
 ) -> PyTree:
-    """Trains parameters on the base's train split, to the last step; resumes if it was interrupted.
+    """Trains a network on the base's train split, to the last step; resumes if it was interrupted.
 
     Args:
       run: whose folder takes logs and checkpoints; a part of its own, as `parts.part` makes it.
       base: the trained network, its data and its devices.
-      params: to start from.
+      variables: to start from: {"params"} and, where the network has them, {"batch_stats"}.
       plan: how.
       seed: of the order of the images.
-      model: another module than the base's, such as a narrower one, that `params` belong to.
+      model: another module than the base's, such as a narrower one, that `variables` belong to.
       wrap: makes the optimizer from AdamW and its learning rate, such as `lambda adamw, _: keep_masks(masks, adamw)`.
       validate: measure on the validation split at the end of every epoch.
 
     Returns:
-      The parameters after the last step.
+      The variables after the last step.
     """
     examples = len(base.train.labels)
     check(plan, examples)
@@ -93,14 +98,14 @@ def finetune(
     optimizer = optimizers.adamw(rate, plan.weight_decay)
     if wrap is not None:
         optimizer = wrap(optimizer, rate)
-    network = model or base.model
+    network, params = model or base.model, variables["params"]
     teacher = None
     if plan.distillation:
         teacher = Teacher(base.logits, plan.distillation, plan.temperature)
 
     def evaluate(state: State, step: int, log: logs.Log) -> dict[str, float]:
         del step, log
-        found = base.measure(state.params, base.validation, model=network) if validate else {}
+        found = base.measure_variables(state.variables, base.validation, model=network) if validate else {}
         return {f"validation_{name}": value for name, value in found.items()}
 
     per_call = max(1, min(per_epoch, steps) // 4)
@@ -113,11 +118,11 @@ def finetune(
             augment=classification.crop_and_flip if plan.augment else None,
             teacher=teacher,
         ),
-        State(params, {}, optimizer.init(params), jnp.zeros([], jnp.int32)),
+        State(params, variables.get("batch_stats", {}), optimizer.init(params), jnp.zeros([], jnp.int32)),
         {"image": base.train.images, "label": base.train.labels},
         training.Plan(steps, plan.batch_size, per_call, 4 * per_call, 4 * per_call),
         seed=seed,
         mesh=base.mesh,
         evaluate=evaluate,
     )
-    return state.params
+    return {name: state.variables[name] for name in variables}

@@ -21,7 +21,6 @@ from experiments.runs import RunError
 from experiments.studies import functa as study
 from experiments.studies import vit
 from experiments.training import PyTree
-from prune_jax.models import Swin, ViT
 
 
 def load_trained(directory: Path, mesh: Mesh) -> tuple[Functa, fj.MetaParams, study.Config]:
@@ -53,7 +52,7 @@ class Base(NamedTuple):
     """A trained image classifier, and the images it was trained for.
 
     Attributes:
-      model: the module.
+      model: the module, or what is called like one.
       params: its parameters, as the run tested them.
       prepare: brings uint8 images to what the module takes.
       train: split it was trained on.
@@ -62,26 +61,37 @@ class Base(NamedTuple):
       config: of the run.
       result: of the run.
       mesh: devices.
+      batch_stats: running statistics of its batch normalisations; empty if it has none.
     """
 
-    model: ViT | Swin
+    model: Any
     params: PyTree
     prepare: classification.Prepare
     train: data.Split
     validation: data.Split
     test: data.Split
-    config: vit.Config
+    config: Any
     result: dict[str, Any]
     mesh: Mesh
+    batch_stats: PyTree = {}  # noqa: RUF012  (nobody writes into it)
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What the model's `apply` takes."""
+        return {"params": self.params, **({"batch_stats": self.batch_stats} if self.batch_stats else {})}
 
     def logits(self, inputs: Array) -> Array:
         """Prepared images (B, H, W, C) -> logits (B, classes)."""
-        return jnp.asarray(self.model.apply({"params": self.params}, inputs))
+        return jnp.asarray(self.model.apply(self.variables, inputs))
 
     def measure(self, params: PyTree, split: data.Split, *, model: Any = None) -> dict[str, float]:
         """Accuracy, top-5 accuracy and loss of other parameters, and of another model where one is given."""
+        return self.measure_variables(self.variables | {"params": params}, split, model=model)
+
+    def measure_variables(self, variables: PyTree, split: data.Split, *, model: Any = None) -> dict[str, float]:
+        """As `measure`, for a network whose batch statistics differ too."""
         return classification.measure(
-            model or self.model, {"params": params}, split.images, split.labels, self.prepare, self.mesh
+            model or self.model, variables, split.images, split.labels, self.prepare, self.mesh
         )
 
 

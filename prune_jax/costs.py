@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,20 +118,51 @@ def latency(fn: Callable, *args: Any, repeats: int = 20, warmup: int = 3) -> Lat
         >>> len(times.seconds), times.low <= times.median <= times.high
         (5, True)
     """
+    return latencies({"fn": (fn, args)}, repeats=repeats, warmup=warmup)["fn"]
+
+
+def latencies(
+    calls: Mapping[str, tuple[Callable, Sequence[Any]]], *, repeats: int = 20, warmup: int = 3
+) -> dict[str, Latency]:
+    """As ``latency`` for several functions that take turns, one call each: a machine that drifts does so for all.
+
+    Args:
+        calls: name -> function and its arguments.
+        repeats: measured calls of each.
+        warmup: calls of each before them.
+
+    Returns:
+        A ``Latency`` for each name.
+
+    Raises:
+        ValueError: ``repeats`` below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> found = latencies({n: (lambda x: x @ x, [jnp.ones((int(n), int(n)))]) for n in ("8", "64")}, repeats=5)
+        >>> sorted(found), len(found["8"].seconds)
+        (['64', '8'], 5)
+    """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    args = jax.block_until_ready(jax.device_put(args))
-    start = time.perf_counter()
-    compiled = jax.jit(fn).lower(*args).compile()
-    compile_seconds = time.perf_counter() - start
-    seconds = []
-    for call in range(warmup + repeats):
+    compiled, compile_seconds = {}, {}
+    for name, (fn, args) in calls.items():
+        on_device = jax.block_until_ready(jax.device_put(tuple(args)))
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        if call >= warmup:
-            seconds.append(time.perf_counter() - start)
-    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
-    return Latency(median, low, high, compile_seconds, tuple(seconds))
+        compiled[name] = (jax.jit(fn).lower(*on_device).compile(), on_device)
+        compile_seconds[name] = time.perf_counter() - start
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + repeats):
+        for name, (run, args) in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    found = {}
+    for name, times in seconds.items():
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+        found[name] = Latency(median, low, high, compile_seconds[name], tuple(times))
+    return found
 
 
 class _Known:

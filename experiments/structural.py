@@ -1,0 +1,133 @@
+"""Smaller networks cut out of trained classifiers: scores, the cut, recovery, and what they are called with."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from experiments import data
+from experiments.models.resnet import ResNet, resnet20
+from experiments.models.vgg import VGG, vgg_a
+from experiments.trained import Base
+from experiments.training import PyTree
+from prune_jax.graph import dependency_groups, smaller_function, squared_magnitude
+from prune_jax.models import Swin, ViT, narrow
+from prune_jax.scores import taylor
+
+CNNS: dict[str, Callable[..., nn.Module]] = {
+    "resnet20": resnet20,
+    "vgg-a": vgg_a,
+    "vgg-small": partial(VGG, ((8,), (16, 16)), hidden=(16,)),
+}
+
+_BATCH = 64  # images at once for scores and calibration
+
+
+class CutNetwork:
+    """What a plan leaves of a module that has no widths to set: called, trained and measured like a module.
+
+    Args:
+      model: the dense module, with or without batch statistics.
+      variables: its variables, arrays or shapes.
+      plan: of `prune(evaluated(model), variables, ...)`.
+    """
+
+    def __init__(self, model: nn.Module, variables: PyTree, plan: dict[str, Any]):
+        def trained(variables: PyTree, inputs: Array) -> tuple[Array, PyTree]:
+            return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+
+        self._evaluated = smaller_function(evaluated(model), variables, plan)
+        self._trained = smaller_function(trained, variables, plan, free_output=lambda path: "batch_stats" in path)
+
+    def apply(self, variables: PyTree, inputs: Array, *, train: bool = False, **_: Any) -> Any:
+        """As `nn.Module.apply`: logits, and with `train` the new batch statistics beside them."""
+        return (self._trained if train else self._evaluated)(variables, inputs)
+
+
+def evaluated(model: Any) -> Callable[[PyTree, Array], Array]:
+    """The function of a module's variables and of prepared inputs that is cut."""
+    return lambda variables, inputs: model.apply(variables, inputs, train=False)
+
+
+def cut_model(base: Base, plan: dict[str, Any]) -> Any:
+    """A smaller ViT or Swin, or what is called like one, whose variables are those that the plan leaves."""
+    if isinstance(base.model, ViT | Swin):
+        return narrow(base.model, plan)
+    return CutNetwork(base.model, base.variables, plan)
+
+
+def calibration(base: Base, images: int) -> list[tuple[Array, Array]]:
+    """The first train images, prepared, and their labels, in batches of one size."""
+    size = min(_BATCH, images)
+    some = data.Split(base.train.images[:images], base.train.labels[:images])
+    starts = range(0, len(some.labels) - size + 1, size)
+    return [
+        (base.prepare(jnp.asarray(some.images[i : i + size])), jnp.asarray(some.labels[i : i + size])) for i in starts
+    ]
+
+
+def taylor_scores(base: Base, batches: list[tuple[Array, Array]]) -> PyTree:
+    """The squared change of the loss when a parameter goes, to first order, summed over batches."""
+
+    def apply(params: PyTree, inputs: Array) -> Array:
+        return base.model.apply(base.variables | {"params": params}, inputs, train=False)
+
+    score = jax.jit(lambda inputs, labels: taylor(apply, base.params, inputs, labels, prunable=lambda *_: True))
+    total = jax.tree.map(lambda *found: sum(found[1:], found[0]), *[score(*batch) for batch in batches])
+    return _of_variables(base, total)
+
+
+def magnitude_scores(base: Base) -> PyTree:
+    """The square of every parameter, which report A's equation 10 sums over a unit."""
+    return _of_variables(base, squared_magnitude(base.params))
+
+
+def _of_variables(base: Base, scores: PyTree) -> PyTree:
+    """Scores of the parameters as those of all variables; batch statistics have none."""
+    unscored = {name: jax.tree.map(lambda _: None, tree) for name, tree in base.variables.items() if name != "params"}
+    return {"params": scores} | unscored
+
+
+def width_groups(base: Base) -> Any:
+    """The coupled groups of the parameters alone, as the group regulariser takes them."""
+
+    def apply(params: PyTree, inputs: Array) -> Array:
+        return base.model.apply(base.variables | {"params": params}, inputs, train=False)
+
+    return dependency_groups(apply, base.params, base.prepare(jnp.asarray(base.train.images[:1])))
+
+
+def kept_widths(plan: Mapping[str, Any]) -> dict[str, float]:
+    """For each kernel, the fraction of its outputs that a plan leaves."""
+    found = {}
+    for leaf in plan["leaves"]:
+        *path, name = leaf["path"]
+        axis = len(leaf["shape"]) - 1
+        if name == "kernel":
+            cuts = {keep["axis"]: np.asarray(keep["positions"]).shape[-1] for keep in leaf["keep"]}
+            found["/".join(path).removeprefix("params/")] = cuts.get(axis, leaf["shape"][axis]) / leaf["shape"][axis]
+    return found
+
+
+def coupled_layers(base: Base) -> list[dict[str, Any]]:
+    """`Groups.table()` of a network like the base's with few layers, so that a figure of it can be read."""
+    model = base.model
+    if isinstance(model, ViT):
+        model = model.clone(depth=2, heads=_first(model.heads), qk_dim=None, v_dim=None, mlp_hidden=None, scale=None)
+    elif isinstance(model, Swin):
+        heads = tuple(map(_first, model.heads))
+        model = model.clone(depths=(1,) * len(model.depths), heads=heads)
+    elif isinstance(model, ResNet):
+        model = model.clone(blocks=(1, 1))
+    example = base.prepare(jnp.asarray(base.train.images[:1]))
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), example)
+    return dependency_groups(evaluated(model), variables, example).table()
+
+
+def _first(value: Any) -> Any:
+    return value if isinstance(value, int) else value[0]

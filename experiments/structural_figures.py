@@ -1,0 +1,130 @@
+"""The figures of the study of structural pruning: accuracy, costs, what is left of each layer, coupled layers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments import plots
+from experiments.dependency_figures import dependency_graph, dependency_matrix
+from experiments.published import table
+
+NAMES = ["accuracy.png", "costs.png", "criteria.png", "layers.png", "graph.png", "matrix.png"]
+
+_TABLES = {"global": 6, "local": 7}  # of report A: its Figures 11 and 10
+_CRITERIA = {
+    "global": "Taylor",
+    "magnitude": "magnitude",
+    "regularised": "magnitude, after sparse training",
+    "local": "Taylor, the same fraction of each layer",
+}
+
+Parts = list[dict[str, Any]]
+
+
+def draw(directory: Path, result: dict[str, Any]) -> None:
+    """Draws all of `NAMES` from a result."""
+    metrics, config = result["metrics"], result["config"]
+    arms = {arm: [p for p in metrics["parts"] if p["arm"] == arm] for arm in config["arms"]}
+    tables = {arm: parts for arm, parts in arms.items() if arm in _TABLES} or arms
+    dense, name = metrics["dense"], metrics["name"]
+    trained = f"trained, {config['epochs']:g} epochs"
+    draw_accuracy(directory / "accuracy.png", tables, dense, trained, title=f"{name}: {_dense_text(dense)}")
+    draw_costs(directory / "costs.png", tables, dense, trained, title=f"{name}: {_dense_text(dense)}")
+    draw_criteria(directory / "criteria.png", arms, dense, title=f"{name}: which units go, before any training")
+    first = next(iter(tables))
+    plots.matrix(
+        {layer: [100 * p["widths"][layer] for p in tables[first]] for layer in tables[first][0]["widths"]},
+        [f"{100 * p['ratio']:g}" for p in tables[first]],
+        directory / "layers.png",
+        title=f"{name}, {first}: outputs left of each kernel, %",
+        x_label="units removed in all, %",
+    )
+    for kind, figure in (("graph", dependency_graph), ("matrix", dependency_matrix)):
+        figure(
+            metrics["coupled"],
+            directory / f"{kind}.png",
+            title=f"Dependency {kind} of a network like {name} with few layers",
+        )
+
+
+def draw_accuracy(path: Path, arms: dict[str, Parts], dense: dict[str, Any], trained: str, *, title: str) -> None:
+    """Accuracy over the fraction removed, relative to the dense network: report A's Figures 10 and 11."""
+
+    def lost(value: float) -> float:
+        return value - dense["accuracy"]
+
+    series, marks = {}, {}
+    for arm, parts in arms.items():
+        panel = f"{arm}"
+        series[panel] = {
+            "cut": _over_ratio(parts, lambda p: lost(p["cut"]["accuracy"])),
+            "recovered": _over_ratio(parts, lambda p: lost(p["recovered"]["accuracy"])),
+            trained: _over_ratio(_tuned(parts), lambda p: lost(p["after"]["recovered"]["accuracy"])),
+        }
+        if arm in _TABLES:
+            base, *rows = table("A", _TABLES[arm]).rows
+            marks[panel] = {
+                "report A, 20 epochs": (
+                    [100 * float(row[0]) for row in rows],  # type: ignore[arg-type]
+                    [float(row[1]) - float(base[1]) for row in rows],  # type: ignore[arg-type]
+                )
+            }
+    plots.panels(
+        series,
+        path,
+        title=title,
+        x_label="units removed, %",
+        y_label="accuracy minus dense, points",
+        marks=marks,
+    )
+
+
+def draw_costs(path: Path, arms: dict[str, Parts], dense: dict[str, Any], trained: str, *, title: str) -> None:
+    """Accuracy against parameters, FLOPs and measured latency, in % of the dense network's."""
+    costs: dict[str, Callable[[dict[str, Any]], float]] = {
+        "parameters": lambda p: 100 * p["parameters"] / dense["parameters"],
+        "FLOPs": lambda p: 100 * p["flops"] / dense["flops"],
+        "measured latency": lambda p: 100 * p["latency"]["cut"] / p["latency"]["dense"],
+    }
+    series: dict[str, dict[str, Any]] = {}
+    for panel, cost in costs.items():
+        series[panel] = {}
+        for arm, parts in arms.items():
+            for name, chosen, accuracy in (
+                (f"{arm}, recovered", parts, lambda p: p["recovered"]["accuracy"]),
+                (f"{arm}, {trained}", _tuned(parts), lambda p: p["after"]["recovered"]["accuracy"]),
+            ):
+                series[panel][name] = ([cost(p) for p in chosen], [accuracy(p) for p in chosen])
+    plots.panels(series, path, title=title, x_label="left of the dense network, %", y_label="accuracy on test, %")
+
+
+def draw_criteria(path: Path, arms: dict[str, Parts], dense: dict[str, Any], *, title: str) -> None:
+    """Accuracy of the cut and of the recovered networks, by how units are chosen."""
+    plots.panels(
+        {
+            state: {
+                _CRITERIA[arm]: _over_ratio(parts, lambda p, state=state: p[state]["accuracy"])  # type: ignore[misc]
+                for arm, parts in arms.items()
+                if parts
+            }
+            for state in ("cut", "recovered")
+        },
+        path,
+        title=title,
+        x_label="units removed, %",
+        y_label="accuracy on test, %",
+        y_limits=(0, min(100.0, 1.1 * dense["accuracy"])),
+    )
+
+
+def _over_ratio(parts: Parts, value: Callable[[dict[str, Any]], float]) -> tuple[list[float], list[float]]:
+    return [100 * p["ratio"] for p in parts], [value(p) for p in parts]
+
+
+def _tuned(parts: Parts) -> Parts:
+    return [p for p in parts if "recovered" in p["after"]]
+
+
+def _dense_text(dense: dict[str, Any]) -> str:
+    size, work = dense["parameters"] / 1e6, dense["flops"] / 1e6
+    return f"{dense['accuracy']:.2f} % on test, {size:.3g} M parameters, {work:.3g} MFLOP an image"
