@@ -19,6 +19,7 @@ _CRITERIA = {
 }
 
 Parts = list[dict[str, Any]]
+Curve = tuple[list[float], list[float]]
 
 
 def draw(directory: Path, result: dict[str, Any]) -> None:
@@ -50,20 +51,15 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
 def draw_accuracy(path: Path, arms: dict[str, Parts], dense: dict[str, Any], trained: str, *, title: str) -> None:
     """Accuracy over the fraction removed, relative to the dense network: report A's Figures 10 and 11."""
 
-    def lost(value: float) -> float:
-        return value - dense["accuracy"]
-
     series, marks = {}, {}
     for arm, parts in arms.items():
-        panel = f"{arm}"
-        series[panel] = {
-            "cut": _over_ratio(parts, lambda p: lost(p["cut"]["accuracy"])),
-            "recovered": _over_ratio(parts, lambda p: lost(p["recovered"]["accuracy"])),
-            trained: _over_ratio(_tuned(parts), lambda p: lost(p["after"]["recovered"]["accuracy"])),
-        }
+        curves = {name: _over_ratio(parts, name) for name in ("cut", "recovered")}
+        curves = {name: _from_dense(dense["accuracy"], curve) for name, curve in curves.items()}
+        curves[trained] = _over_ratio(parts, "trained")
+        series[arm] = {name: (x, [value - dense["accuracy"] for value in y]) for name, (x, y) in curves.items()}
         if arm in _TABLES:
             base, *rows = table("A", _TABLES[arm]).rows
-            marks[panel] = {
+            marks[arm] = {
                 "report A, 20 epochs": (
                     [100 * float(row[0]) for row in rows],  # type: ignore[arg-type]
                     [float(row[1]) - float(base[1]) for row in rows],  # type: ignore[arg-type]
@@ -90,11 +86,10 @@ def draw_costs(path: Path, arms: dict[str, Parts], dense: dict[str, Any], traine
     for panel, cost in costs.items():
         series[panel] = {}
         for arm, parts in arms.items():
-            for name, chosen, accuracy in (
-                (f"{arm}, recovered", parts, lambda p: p["recovered"]["accuracy"]),
-                (f"{arm}, {trained}", _tuned(parts), lambda p: p["after"]["recovered"]["accuracy"]),
-            ):
-                series[panel][name] = ([cost(p) for p in chosen], [accuracy(p) for p in chosen])
+            at, y = [cost(p) for p in parts], [p["recovered"]["accuracy"] for p in parts]
+            series[panel][f"{arm}, recovered"] = _from_dense(dense["accuracy"], (at, y), at=100.0)
+            at = [cost(p) for p in parts if "recovered" in p["after"]]
+            series[panel][f"{arm}, {trained}"] = (at, _over_ratio(parts, "trained")[1])
     plots.panels(series, path, title=title, x_label="left of the dense network, %", y_label="accuracy on test, %")
 
 
@@ -103,7 +98,7 @@ def draw_criteria(path: Path, arms: dict[str, Parts], dense: dict[str, Any], *, 
     plots.panels(
         {
             state: {
-                _CRITERIA[arm]: _over_ratio(parts, lambda p, state=state: p[state]["accuracy"])  # type: ignore[misc]
+                _CRITERIA[arm]: _from_dense(dense["accuracy"], _over_ratio(parts, state))
                 for arm, parts in arms.items()
                 if parts
             }
@@ -117,12 +112,18 @@ def draw_criteria(path: Path, arms: dict[str, Parts], dense: dict[str, Any], *, 
     )
 
 
-def _over_ratio(parts: Parts, value: Callable[[dict[str, Any]], float]) -> tuple[list[float], list[float]]:
-    return [100 * p["ratio"] for p in parts], [value(p) for p in parts]
+def _over_ratio(parts: Parts, state: str) -> Curve:
+    """Accuracy in %, over % of the units removed, of the "cut", "recovered" or "trained" networks."""
+    if state == "trained":
+        found = [(p["ratio"], p["after"]["recovered"]) for p in parts if "recovered" in p["after"]]
+    else:
+        found = [(p["ratio"], p[state]) for p in parts]
+    return [100 * ratio for ratio, _ in found], [measured["accuracy"] for _, measured in found]
 
 
-def _tuned(parts: Parts) -> Parts:
-    return [p for p in parts if "recovered" in p["after"]]
+def _from_dense(value: float, curve: Curve, *, at: float = 0.0) -> Curve:
+    """The curve, begun at the dense network."""
+    return [at, *curve[0]], [value, *curve[1]]
 
 
 def _dense_text(dense: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Cuts, recovers and trains; returns metrics, table, comparisons and figures for `result.json`."""
     check(config)
     base = _base(config, run)
-    finetuning.check(_plan(config, config.epochs), len(base.train.labels))
+    finetuning.check(_plan(config, base, config.epochs), len(base.train.labels))
     if not 1 <= config.calibration <= len(base.train.labels):
         raise ValueError(
             f"calibration must be from 1 to the {len(base.train.labels)} train images, got {config.calibration}"
@@ -101,8 +101,11 @@ def _name(config: Config) -> str:
     return config.base if config.network == "trained" else config.network
 
 
-def _plan(config: Config, epochs: float, *, distillation: float = 0.0) -> FineTuning:
-    return FineTuning(epochs, config.batch_size, config.learning_rate, distillation=distillation)
+def _plan(config: Config, base: Base, epochs: float, *, distillation: float = 0.0) -> FineTuning:
+    """How to train on: with images shifted and mirrored where the base was trained so."""
+    return FineTuning(
+        epochs, config.batch_size, config.learning_rate, augment=base.config.augment, distillation=distillation
+    )
 
 
 def _base(config: Config, run: Run) -> Base:
@@ -124,7 +127,7 @@ def _base(config: Config, run: Run) -> Base:
     begun = Base(
         model, variables["params"], prepare, train, validation, test, config, {}, mesh, variables["batch_stats"]
     )
-    plan = dataclasses.replace(_plan(config, config.base_epochs), learning_rate=config.base_rate)
+    plan = dataclasses.replace(_plan(config, begun, config.base_epochs), learning_rate=config.base_rate)
     trained = finetune_variables(part(run, "base"), begun, variables, plan, seed=config.seed)
     return begun._replace(**trained)
 
@@ -140,7 +143,7 @@ def _subject(config: Config, run: Run, base: Base, arm: Arm) -> Subject:
             part(run, "sparse"),
             base,
             base.variables,
-            _plan(config, config.sparse_epochs),
+            _plan(config, base, config.sparse_epochs),
             seed=config.seed,
             wrap=lambda adamw, _: optax.chain(regulariser, adamw),
         )
@@ -190,7 +193,7 @@ def _part(config: Config, subject: Subject, arm: Arm, ratio: float, run: Run) ->
             part(run, way),
             base,
             pruned.params if way == "cut" else recovered,
-            _plan(config, config.epochs, distillation=config.distillation if way == "distilled" else 0.0),
+            _plan(config, base, config.epochs, distillation=config.distillation if way == "distilled" else 0.0),
             seed=config.seed,
             model=model,
             validate=False,
