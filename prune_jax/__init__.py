@@ -1,6 +1,6 @@
 """Smaller networks: what to remove, and removing it."""
 
-from prune_jax import graph, models, scores
+from prune_jax import graph, models, scores, tokens
 from prune_jax.costs import Latency, count_parameters, flops, latencies, latency
 from prune_jax.distillation import distillation_loss
 from prune_jax.l1 import L1State, l1_penalty, l1_proximal
@@ -41,4 +41,5 @@ __all__ = [
     "one_shot",
     "scores",
     "sparsity",
+    "tokens",
 ]

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
 Gelu = Literal["exact", "tanh"]
@@ -60,6 +61,24 @@ class Attention(nn.Module):
         qkv = rearrange(self.qkv(x), "b n (h d) -> b h n d", h=self.heads)
         q, k, v = jnp.split(qkv, (self.qk_dim, 2 * self.qk_dim), axis=-1)
         return q, k, v
+
+    def project_apart(self, queries: Array, x: Array) -> tuple[Array, Array, Array]:
+        """Queries of some tokens only, keys and values of all: as `project`, with q of (B, K, D) and k, v of (B, N, D).
+
+        The columns that make queries are taken from the kernel, so that the matmuls do no more than is asked.
+        """
+        if self.is_initializing():
+            self.project(x)  # makes the parameters
+        parts = self.qkv.variables["params"]
+        kernel, bias = (rearrange(parts[name], "... (h c) -> ... h c", h=self.heads) for name in ("kernel", "bias"))
+
+        def times(x: Array, columns: slice) -> Array:
+            x, w, b = promote_dtype(x, kernel[..., columns], bias[..., columns], dtype=self.compute_dtype)
+            y = x @ rearrange(w, "d h c -> d (h c)") + rearrange(b, "h c -> 1 1 (h c)")
+            return rearrange(y, "b n (h c) -> b h n c", h=self.heads)
+
+        k, v = jnp.split(times(x, slice(self.qk_dim, None)), (self.qk_dim,), axis=-1)
+        return times(queries, slice(self.qk_dim)), k, v
 
     def probabilities(self, q: Array, k: Array, *, bias: Array | None = None, weights: Array | None = None) -> Array:
         """Attention probabilities, float32.

@@ -65,18 +65,27 @@ class WindowBlock(Block, kw_only=True):
 
     def windows(self, x: Array) -> Array:
         """Attention inside the windows of a feature map (B, H, W, D)."""
-        height, width = x.shape[1:3]
-        sides, shifts = zip(*(self.side_and_shift(n) for n in (height, width)), strict=True)
+        size = x.shape[1:3]
+        return self.from_windows(self.attention(self.to_windows(x), bias=self.bias(size)), size)
+
+    def to_windows(self, x: Array) -> Array:
+        """Feature map (B, H, W, D), padded with zeros and shifted -> windows of tokens (B * windows, tokens, D)."""
+        sides, shifts, _ = self.layout(x.shape[1:3])
         x = pad(x, *sides)
-        padded = x.shape[1:3]
         x = jnp.roll(x, [-s for s in shifts], (1, 2)) if any(shifts) else x
-        x = rearrange(x, "b (i p) (j q) d -> (b i j) (p q) d", p=sides[0], q=sides[1])
-        x = self.attention(x, bias=self.bias(sides, shifts, padded))
-        x = rearrange(
-            x, "(b i j) (p q) d -> b (i p) (j q) d", p=sides[0], i=padded[0] // sides[0], j=padded[1] // sides[1]
-        )
+        return rearrange(x, "b (i p) (j q) d -> (b i j) (p q) d", p=sides[0], q=sides[1])
+
+    def from_windows(self, windows: Array, size: Sequence[int]) -> Array:
+        """Back to the feature map of height and width `size`."""
+        (p, q), shifts, padded = self.layout(size)
+        x = rearrange(windows, "(b i j) (p q) d -> b (i p) (j q) d", p=p, q=q, i=padded[0] // p, j=padded[1] // q)
         x = jnp.roll(x, shifts, (1, 2)) if any(shifts) else x
-        return x[:, :height, :width]
+        return x[:, : size[0], : size[1]]
+
+    def layout(self, size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """For a map of height and width `size`: sides of a window, shifts, and the padded height and width."""
+        sides, shifts = zip(*(self.side_and_shift(n) for n in size), strict=True)
+        return sides, shifts, tuple(n + -n % side for n, side in zip(size, sides, strict=True))
 
     def side_and_shift(self, length: int) -> tuple[int, int]:
         """Window side and shift along an axis of this length."""
@@ -84,8 +93,9 @@ class WindowBlock(Block, kw_only=True):
             return length, 0
         return self.window, self.window // 2 if self.shifted else 0
 
-    def bias(self, sides: Sequence[int], shifts: Sequence[int], padded: Sequence[int]) -> Array:
+    def bias(self, size: Sequence[int]) -> Array:
         """Relative position bias, and far pairs masked: (1 or windows, heads, tokens, tokens)."""
+        sides, shifts, padded = self.layout(size)
         index = relative_index(sides, self.window)
         bias = self.relative_position_bias[index.reshape(-1)]
         bias = rearrange(bias, "(n m) h -> 1 h n m", n=index.shape[0]).astype(jnp.float32)

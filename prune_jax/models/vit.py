@@ -205,15 +205,22 @@ class ViT(nn.Module):
             )
         return self.drop_units(x, deterministic=not train)
 
-    def head(self, tokens: Array) -> Array:
-        """Tokens after the last block (B, N, D) -> logits (B, num_classes), float32; the mean of both if distilled."""
-        logits = self.heads_apart(tokens)
+    def head(self, tokens: Array, *, weights: Array | None = None) -> Array:
+        """Tokens after the last block (B, N, D) -> logits (B, num_classes), float32; the mean of both if distilled.
+
+        `weights` (B, N - prefix) are those of the patches where pool is "mean"; other pooling sees no patches.
+        """
+        logits = self.heads_apart(tokens, weights=weights)
         return sum(logits[1:], logits[0]) / len(logits)
 
-    def heads_apart(self, tokens: Array) -> tuple[Array, ...]:
+    def heads_apart(self, tokens: Array, *, weights: Array | None = None) -> tuple[Array, ...]:
         """Tokens after the last block (B, N, D) -> the logits of each head: class, then distillation."""
         if self.pool == "mean":
-            seen = self.norm(tokens[:, self.prefix :]).mean(axis=1, keepdims=True)
+            patches = self.norm(tokens[:, self.prefix :])
+            if weights is not None:
+                share = weights / weights.sum(axis=1, keepdims=True) * weights.shape[1]
+                patches = patches * share[..., None].astype(patches.dtype)
+            seen = patches.mean(axis=1, keepdims=True)
         else:
             seen = self.norm(tokens[:, : self.class_tokens])
         features = seen[:, 0]

@@ -1,0 +1,47 @@
+"""Fewer tokens: drop, skip or merge the patches of a ViT that a class can be told without."""
+
+from prune_jax.tokens.cp_vit import (
+    AttentionProfile,
+    CPViT,
+    attention_profile,
+    attention_range,
+    cut_heads,
+    layer_ratios,
+    least_heads,
+)
+from prune_jax.tokens.dynamic_vit import DynamicViT, Masked, gumbel_keep, teach
+from prune_jax.tokens.losses import dynamic_vit_loss, ratio_loss, token_distillation
+from prune_jax.tokens.merging import ToMe, merge_counts
+from prune_jax.tokens.patch_skip import PatchSkip, Skipping, capacities, skip_accuracy, skip_loss
+from prune_jax.tokens.protocol import TokenCosts, TokenMethod, Trace, token_costs, wrap
+from prune_jax.tokens.swin_skip import SwinPatchSkip
+
+__all__ = [
+    "AttentionProfile",
+    "CPViT",
+    "DynamicViT",
+    "Masked",
+    "PatchSkip",
+    "Skipping",
+    "SwinPatchSkip",
+    "ToMe",
+    "TokenCosts",
+    "TokenMethod",
+    "Trace",
+    "attention_profile",
+    "attention_range",
+    "capacities",
+    "cut_heads",
+    "dynamic_vit_loss",
+    "gumbel_keep",
+    "layer_ratios",
+    "least_heads",
+    "merge_counts",
+    "ratio_loss",
+    "skip_accuracy",
+    "skip_loss",
+    "teach",
+    "token_costs",
+    "token_distillation",
+    "wrap",
+]

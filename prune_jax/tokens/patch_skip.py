@@ -1,0 +1,275 @@
+"""Patch skipping: patches that a block would hardly change bypass it, and may come back in the next.
+
+A small MLP before each block foresees, from a patch's token, whether the block will change it. It learns from what the
+dense model does: no labels, and no change to the model. The method is that of the report "Pruning Vision Transformers";
+close to it is dynamic token idling (Xu et al. 2023, 2310.05654).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from prune_jax.models.layers import Block, dense, each_layer, exact_gelu
+from prune_jax.tokens import state
+from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+
+AttendTo = Literal["all", "kept"]
+
+
+class Scorer(nn.Module):
+    """D -> hidden -> 1 for each token by itself: a logit, above 0 where the block would change it.
+
+    Attributes:
+      hidden: channels between.
+      compute_dtype: dtype of the matmuls; None keeps float32.
+    """
+
+    hidden: int
+    compute_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalised tokens (..., D) -> (...), float32."""
+        x = exact_gelu(dense(self.hidden, self.compute_dtype, name="fc1")(x))
+        return dense(1, self.compute_dtype, name="fc2")(x)[..., 0].astype(jnp.float32)
+
+
+class Skipping(NamedTuple):
+    """What the scorers say of a dense run, and what is true.
+
+    Attributes:
+      scores: logits that a patch is to be kept (B, depth, patches).
+      similarity: scaled cosine of each patch's token before and after each block (B, depth, patches), in [0, 1].
+    """
+
+    scores: Array
+    similarity: Array
+
+
+class PatchSkip(TokenMethod):
+    """A ViT whose blocks compute only the patches that they are expected to change.
+
+    Scorers read the normalised tokens that a block's attention reads. Two modes:
+
+    - `capacity`: each block computes a fixed number of patches, those with the highest scores. They are gathered, so
+      that the block is truly smaller.
+    - `capacity=None`: each block computes the patches whose score is above `threshold`, as published. How many differs
+      from image to image; shapes are static, so that all are computed and then selected. This mode is for measuring
+      accuracy, and which capacities to set; it saves nothing.
+
+    Given the same decisions both compute the same.
+
+    Attributes:
+      model: the ViT.
+      capacity: fraction of the patches that a block computes, one number or one a block; where it is 1 no scorer is
+        needed and the block is the dense one exactly.
+      threshold: of the score, a probability; without `capacity`.
+      attend: what computed patches attend to: "all" patches, skipped ones with their unchanged tokens, or "kept" ones,
+        which saves more.
+      hidden: channels of the scorers; None is width / 12 (768 x 64 x 1).
+
+    Raises:
+      ValueError: a capacity outside (0, 1], a threshold outside (0, 1), or another `attend`.
+
+    Example:
+      >>> from prune_jax.models import vit
+      >>> PatchSkip(vit("S", num_classes=1000), capacity=(1.0,) * 6 + (0.5,) * 6).tokens
+      (197, 197, 197, 197, 197, 197, 99, 99, 99, 99, 99, 99)
+    """
+
+    capacity: float | Sequence[float] | None = None
+    threshold: float = 0.5
+    attend: AttendTo = "all"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.capacity, self.threshold)
+        if self.attend not in ("all", "kept"):
+            raise ValueError(f"attend must be 'all' or 'kept', got {self.attend!r}")
+        _ = self.counts  # says now what is wrong
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Patches that each block computes; without `capacity` all."""
+        fractions = each_layer("capacity", 1.0 if self.capacity is None else self.capacity, self.model.depth)
+        return state.counts(fractions, patches_of(self.model))
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens, prefix included, that the MLP of each block computes."""
+        return tuple(self.model.prefix + n for n in self.counts)
+
+    def setup(self) -> None:
+        """Declares the scorers."""
+        hidden = max(self.model.width // 12, 1) if self.hidden is None else self.hidden
+        self.scorers = [Scorer(hidden, self.model.compute_dtype) for _ in range(self.model.depth)]
+
+    def trace(self, images: Array, *, train: bool = False) -> Trace:
+        """Images (B, H, W, C) -> logits, and which patches each block computed."""
+        if self.capacity is None and not self.is_initializing():
+            return self.masked(images, train=train)
+        prefix, patches = self.model.prefix, patches_of(self.model)
+        x = self.model.embed(images, train=train)
+        kept = []
+        for i, (block, count) in enumerate(zip(self.model.blocks, self.counts, strict=True)):
+            normed = block.norm1(x)
+            scores = self.scorers[i](normed[:, prefix:]) if count < patches or self.is_initializing() else None
+            if scores is None or count == patches:
+                x = block(x, train=train)
+                kept.append(jnp.ones((x.shape[0], patches), bool))
+            else:
+                index, _ = state.split(scores, count)
+                x = compute_some(block, x, normed, state.with_prefix(index, prefix), self.attend, train=train)
+                kept.append(state.chosen(index, patches))
+        return Trace(self.model.head(x), owners(jnp.stack(kept, axis=1)))
+
+    def masked(self, images: Array, *, decisions: Array | None = None, train: bool = False) -> Trace:
+        """All patches are computed, and those to be skipped keep their tokens.
+
+        Args:
+          images: (B, H, W, C).
+          decisions: which patches each block computes (B, depth, patches) bool; None asks the scorers.
+          train: whether the ViT drops units and branches.
+
+        Returns:
+          As `trace`.
+        """
+        prefix = self.model.prefix
+        x = self.model.embed(images, train=train)
+        kept = []
+        for i, block in enumerate(self.model.blocks):
+            if decisions is None:
+                now = keep_above(self.scorers[i](block.norm1(x)[:, prefix:]), self.threshold)
+            else:
+                now = decisions[:, i]
+            kept.append(now)
+            computed = jnp.pad(now, ((0, 0), (prefix, 0)), constant_values=True)
+            itself = jnp.eye(x.shape[1], dtype=bool)[None]  # so that no row is empty
+            weights = (computed[:, None] | itself)[:, None].astype(jnp.float32) if self.attend == "kept" else None
+            x = jnp.where(computed[..., None], block(x, weights=weights, train=train), x)
+        return Trace(self.model.head(x), owners(jnp.stack(kept, axis=1)))
+
+    def watch(self, images: Array) -> Skipping:
+        """Runs the dense model; what the scorers say of each block, and how similar it leaves each patch.
+
+        ``method.apply(variables, images, method="watch")``; `skip_loss` trains the scorers on it.
+        """
+        prefix = self.model.prefix
+        x = self.model.embed(images)
+        scores, similarity = [], []
+        for block, scorer in zip(self.model.blocks, self.scorers, strict=True):
+            scores.append(scorer(block.norm1(x)[:, prefix:]))
+            before, x = x, block(x)
+            similarity.append(scaled_cosine(before[:, prefix:], x[:, prefix:]))
+        return Skipping(jnp.stack(scores, axis=1), jnp.stack(similarity, axis=1))
+
+
+def compute_some(
+    block: Block,
+    x: Array,
+    normed: Array,
+    index: Array,
+    attend: AttendTo,
+    *,
+    bias: Array | None = None,
+    train: bool = False,
+) -> Array:
+    """A block on some of its tokens; the others stay as they are.
+
+    Args:
+      block: a bound block.
+      x: tokens (B, N, D).
+      normed: what its attention reads, norm1(x), (B, N, D).
+      index: the tokens to compute, ascending (B, K).
+      attend: whether they attend to all N or to the K.
+      bias: of those queries on all keys, (B, heads, K, N).
+      train: whether the block drops units and branches.
+
+    Returns:
+      (B, N, D).
+    """
+    if attend == "all":
+        q, k, v = block.attention.project_apart(state.take(normed, index), normed)
+    else:
+        q, k, v = block.attention.project(state.take(normed, index))
+    mixed = block.attention.combine(block.attention.probabilities(q, k, bias=bias), v)
+    computed = block.feed_forward(block.add(state.take(x, index), mixed, train=train), train=train)
+    return state.put(x, index, computed)
+
+
+def scaled_cosine(a: Array, b: Array) -> Array:
+    """(1 + cos(a, b)) / 2 along the last axis, in [0, 1], float32.
+
+    Example:
+      >>> scaled_cosine(jnp.array([[1.0, 0.0]] * 3), jnp.array([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).tolist()
+      [1.0, 0.5, 0.0]
+    """
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return 0.5 * (1 + (a * b).sum(axis=-1) / jnp.maximum(norms, 1e-12))
+
+
+def skip_loss(skipping: Skipping, cosine_threshold: float) -> Array:
+    """Cross-entropy of the scorers: the label is keep where a block leaves a patch less similar than the threshold.
+
+    Args:
+      skipping: of `PatchSkip.watch`.
+      cosine_threshold: of the scaled cosine.
+
+    Returns:
+      A scalar in nats, mean over images, blocks and patches.
+    """
+    keep = (skipping.similarity < cosine_threshold).astype(jnp.float32)
+    return optax.losses.sigmoid_binary_cross_entropy(skipping.scores, keep).mean()
+
+
+def skip_accuracy(skipping: Skipping, cosine_threshold: float) -> Array:
+    """Fraction of patches for which the scorers, at one half, say what the labels say: for each block (depth,)."""
+    return ((skipping.scores > 0) == (skipping.similarity < cosine_threshold)).mean(axis=(0, 2))
+
+
+def capacities(scores: Array | np.ndarray, keep: float) -> tuple[float, ...]:
+    """Spreads a keep rate over blocks: each computes as many patches as one threshold on all scores would give it.
+
+    Args:
+      scores: of calibration images (B, depth, patches), `Skipping.scores`.
+      keep: mean over blocks of the fraction of patches computed, in (0, 1].
+
+    Returns:
+      `PatchSkip.capacity`, for each block at least one patch.
+
+    Example:
+      >>> capacities(jnp.array([[[1.0, 2.0, 3.0, 4.0], [4.5, 5.0, 6.0, 0.0]]]), 0.5)
+      (0.25, 0.75)
+    """
+    state.check_fraction("keep", keep)
+    ranked = np.sort(np.asarray(scores), axis=None)
+    cut = ranked[len(ranked) - max(1, round(keep * len(ranked)))]
+    return tuple(np.maximum((np.asarray(scores) >= cut).mean(axis=(0, 2)), 1 / scores.shape[2]).tolist())
+
+
+def keep_above(scores: Array, threshold: float) -> Array:
+    """Whether a logit's probability is above the threshold."""
+    return scores > math.log(threshold / (1 - threshold))
+
+
+def owners(kept: Array) -> Array:
+    """Owners of a trace where patches carry themselves or nobody does: (..., patches) bool -> int32."""
+    return jnp.where(kept, state.positions(kept), state.NOBODY)
+
+
+def check(capacity: float | Sequence[float] | None, threshold: float) -> None:
+    """Raises ValueError unless capacities are in (0, 1] and the threshold is between 0 and 1."""
+    for fraction in capacity if isinstance(capacity, Sequence) else () if capacity is None else (capacity,):
+        state.check_fraction("capacity", fraction)
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be between 0 and 1, got {threshold}")

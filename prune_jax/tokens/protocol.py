@@ -1,0 +1,173 @@
+"""What all token methods have in common: they wrap a ViT, and say what they computed and what it costs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from prune_jax.costs import Latency, flops, latencies
+from prune_jax.models.vit import ViT
+from prune_jax.tokens.state import NOBODY, positions
+
+
+class Trace(NamedTuple):
+    """What a token method did with a batch.
+
+    Attributes:
+      logits: (B, num_classes), float32.
+      owner: for each image, block and patch, the patch whose token carried it through the block: itself, the patch it
+        was merged into, or -1, nobody: dropped, or skipped by this block. (B, depth, patches) int32.
+    """
+
+    logits: Array
+    owner: Array
+
+    @property
+    def kept(self) -> Array:
+        """Which patches have a token of their own in each block: (B, depth, patches) bool."""
+        return self.owner == positions(self.owner)
+
+    @property
+    def seen(self) -> Array:
+        """Which patches some token carries through each block: (B, depth, patches) bool."""
+        return self.owner != NOBODY
+
+
+class TokenMethod(nn.Module):
+    """A ViT that computes fewer tokens. Every method is such a module around any ViT, also a narrowed one.
+
+    Its parameters are ``{"model": the ViT's, ...its own}``: `wrap` makes them from trained ones. Being an ordinary
+    module, it trains, takes masks (`prune_jax.apply_masks`), is counted by `prune_jax.flops` and timed by
+    `prune_jax.latency`. What is returned but not used costs nothing under jit.
+
+    Attributes:
+      model: the ViT.
+    """
+
+    model: ViT
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens, prefix included, that the MLP of each block computes: they are counted before anything runs."""
+        raise NotImplementedError
+
+    def trace(self, images: Array, *, train: bool = False) -> Trace:
+        """Images (B, H, W, C) -> logits, and which tokens each block computed."""
+        raise NotImplementedError
+
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        """Images (B, H, W, C) -> logits (B, num_classes), float32."""
+        return self.trace(images, train=train).logits
+
+
+class TokenCosts(NamedTuple):
+    """What a method costs beside its dense model.
+
+    Attributes:
+      tokens: per block, prefix included.
+      flops: of one image, as `prune_jax.flops` counts.
+      dense_flops: of one image, of the ViT alone.
+      latency: for each batch size, seconds a batch.
+      dense_latency: likewise, of the ViT alone.
+    """
+
+    tokens: tuple[int, ...]
+    flops: int
+    dense_flops: int
+    latency: dict[int, Latency]
+    dense_latency: dict[int, Latency]
+
+
+def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
+    """The variables of a method around a trained model: the model's as they are, the method's own drawn at random.
+
+    Args:
+      method: the method; its ``model`` is the trained one.
+      variables: ``{"params": ...}`` of the ViT.
+      key: for the method's own parts (predictors); used only where it has any.
+
+    Returns:
+      ``{"params": {"model": ..., ...}}``.
+
+    Raises:
+      ValueError: parameters of another model.
+
+    Example:
+      >>> from prune_jax.models import ViT
+      >>> from prune_jax.tokens import DynamicViT
+      >>> model = ViT(num_classes=3, image_size=8, patch=2, width=8, depth=2, heads=2)
+      >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+      >>> method = DynamicViT(model, stages=(1,), keep=0.5)
+      >>> small = wrap(method, variables, jax.random.key(1))
+      >>> sorted(small["params"]), method.tokens, method.apply(small, jnp.zeros((5, 8, 8, 3))).shape
+      (['model', 'predictors_0'], (17, 9), (5, 3))
+    """
+    images = jnp.zeros((1, *image_shape(method.model, variables)))
+    wanted = jax.eval_shape(method.init, key, images)["params"]
+    given = variables["params"]
+    shapes = [
+        {jax.tree_util.keystr(p, simple=True, separator="/"): np.shape(x) for p, x in jax.tree.leaves_with_path(tree)}
+        for tree in (wanted["model"], given)
+    ]
+    if shapes[0] != shapes[1]:
+        wrong = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
+        first = wrong[0]
+        raise ValueError(
+            f"variables are not those of the method's model: {first!r} is {shapes[1].get(first, 'missing')}, "
+            f"the model has {shapes[0].get(first, 'no such leaf')}"
+        )
+    own = jax.jit(method.init)(key, images)["params"] if wanted.keys() != {"model"} else {}
+    return {"params": {**own, "model": given}}
+
+
+def token_costs(
+    method: TokenMethod, variables: Any, *, batches: tuple[int, ...] = (1, 64), repeats: int = 10
+) -> TokenCosts:
+    """Tokens per block, FLOPs, and measured latency of a method and of the ViT alone.
+
+    The dense model and the method take turns, call by call, so that both meet the same machine.
+
+    Args:
+      method: the method.
+      variables: its variables.
+      batches: batch sizes to time; empty times nothing.
+      repeats: measured calls of each.
+
+    Returns:
+      The costs.
+    """
+    dense = {"params": variables["params"]["model"]}
+    shape = image_shape(method.model, dense)
+    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    times: dict[int, Latency] = {}
+    dense_times: dict[int, Latency] = {}
+    for batch in batches:
+        images = jnp.zeros((batch, *shape))
+        calls = {"dense": (method.model.apply, (dense, images)), "method": (method.apply, (variables, images))}
+        found = latencies(calls, repeats=repeats)
+        dense_times[batch], times[batch] = found["dense"], found["method"]
+    return TokenCosts(
+        method.tokens,
+        flops(method.apply, variables, one),
+        flops(method.model.apply, dense, one),
+        times,
+        dense_times,
+    )
+
+
+def image_shape(model: ViT, variables: Any) -> tuple[int, int, int]:
+    """Height, width and channels of the images that a ViT with these variables takes."""
+    rows, columns = model.grid
+    channels = np.shape(variables["params"]["embedding"]["kernel"])[0] // model.patch**2
+    return rows * model.patch, columns * model.patch, channels
+
+
+def patches_of(model: ViT) -> int:
+    """Number of patches of an image."""
+    return math.prod(model.grid)

@@ -1,0 +1,146 @@
+"""Patch skipping: both modes agree, skipped patches keep their tokens, scorers learn; ViT and Swin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from token_models import IMAGES, MODEL, VARIABLES, run, start, wrapped
+
+from prune_jax import flops
+from prune_jax.models import Swin
+from prune_jax.tokens import PatchSkip, Skipping, SwinPatchSkip, skip_accuracy, skip_loss
+from prune_jax.tokens.patch_skip import compute_some
+
+SWIN = Swin(num_classes=3, patch=2, window=4, width=(8, 12), depths=(2, 1), heads=(2, 3))
+WIDE = np.random.default_rng(4).standard_normal((2, 18, 12, 3)).astype(np.float32)  # padded, and shifted windows
+
+
+@pytest.mark.parametrize("attend", ["all", "kept"])
+def test_masked_and_gathered_agree_on_the_same_decisions(attend):
+    method = PatchSkip(MODEL, (0.5, 1.0, 0.25), attend=attend)
+    variables = wrapped(method)
+    trace = run(method, variables, IMAGES, method="trace")
+    masked = run(method, variables, IMAGES, decisions=trace.kept, method="masked")
+    np.testing.assert_allclose(masked.logits, trace.logits, atol=1e-5)
+    np.testing.assert_array_equal(masked.kept, trace.kept)
+    assert (trace.kept[:, 1] & ~trace.kept[:, 0]).any()  # they come back
+
+
+def test_a_skipped_patch_keeps_its_token_and_is_still_seen():
+    method = PatchSkip(MODEL, 0.5)
+    variables = wrapped(method)
+
+    def after_first(module, images, attend):
+        x = module.model.embed(images)
+        block = module.model.blocks[0]
+        index = jnp.broadcast_to(jnp.array([0, 2, 5, 6]), (2, 4))
+        return x, compute_some(block, x, block.norm1(x), index, attend), block(x)
+
+    before, seen, full = method.apply(variables, IMAGES, "all", method=after_first)
+    np.testing.assert_array_equal(seen[:, 1], before[:, 1])
+    np.testing.assert_allclose(seen[:, 2], full[:, 2], atol=1e-5)  # as if nothing had been skipped
+    _, unseen, _ = method.apply(variables, IMAGES, "kept", method=after_first)
+    assert np.abs(unseen[:, 2] - full[:, 2]).max() > 1e-2
+
+
+def test_costs_fall_with_the_capacity():
+    variables = wrapped(PatchSkip(MODEL, 0.5))
+    dense = flops(MODEL.apply, VARIABLES, IMAGES)
+    counts = [flops(PatchSkip(MODEL, c, attend=a).apply, variables, IMAGES) for c, a in ((0.5, "all"), (0.5, "kept"))]
+    assert counts[1] < counts[0] < dense
+
+
+def test_thresholds_decide_by_the_score():
+    method = PatchSkip(MODEL, threshold=0.5)
+    variables = wrapped(method)
+    assert method.tokens == (17, 17, 17)
+    few = run(method.clone(threshold=0.99), variables, IMAGES, method="trace").kept.sum()
+    some = run(method, variables, IMAGES, method="trace").kept.sum()
+    many = run(method.clone(threshold=0.01), variables, IMAGES, method="trace").kept.sum()
+    assert few < some < many
+    first = run(method, variables, IMAGES, method="watch").scores[:, 0] > 0
+    np.testing.assert_array_equal(run(method, variables, IMAGES, method="trace").kept[:, 0], first)
+
+
+def test_watching_leaves_the_dense_run_alone():
+    method = PatchSkip(MODEL)
+    seen = run(method, wrapped(method), IMAGES, method="watch")
+
+    def similar(model, images):
+        x = model.embed(images)
+        out = []
+        for block in model.blocks:
+            y = block(x)
+            for a, b in zip(x[:, 1:], y[:, 1:], strict=True):
+                for s, t in zip(np.asarray(a), np.asarray(b), strict=True):
+                    out.append(0.5 + 0.5 * np.dot(s, t) / np.sqrt(np.dot(s, s) * np.dot(t, t)))
+            x = y
+        return np.array(out).reshape(3, 2, 16).transpose(1, 0, 2)
+
+    expected = MODEL.apply(VARIABLES, IMAGES, method=similar)
+    np.testing.assert_allclose(seen.similarity, expected, atol=1e-4)
+
+
+def test_scorers_learn_which_patches_a_block_changes():
+    method = PatchSkip(MODEL, hidden=16)
+    variables = wrapped(method)
+    images = np.random.default_rng(0).standard_normal((16, 16, 16, 3)).astype(np.float32)
+    cut = float(jnp.median(run(method, variables, images, method="watch").similarity))
+    optimizer = optax.adam(3e-2)
+
+    def loss(own):
+        params = {**variables["params"], **own}
+        seen = method.apply({"params": params}, images, method="watch")
+        return skip_loss(seen, cut), skip_accuracy(seen, cut).mean()
+
+    def step(state, _):
+        own, opt = state
+        (value, accuracy), gradients = jax.value_and_grad(loss, has_aux=True)(own)
+        updates, opt = optimizer.update(gradients, opt)
+        return (optax.apply_updates(own, updates), opt), (value, accuracy)
+
+    own = {k: v for k, v in variables["params"].items() if k != "model"}
+    _, (losses, accuracy) = jax.jit(lambda s: jax.lax.scan(step, s, length=60))((own, optimizer.init(own)))
+    assert losses[-1] < losses[0]
+    assert accuracy[-1] > 0.8
+
+
+def test_loss_and_accuracy_are_their_formulas():
+    scores = jnp.array([[[2.0, -1.0], [0.5, 3.0]]])
+    seen = Skipping(scores, jnp.array([[[0.8, 0.99], [0.97, 0.2]]]))
+    p = 1 / (1 + np.exp(-np.asarray(scores[0])))
+    by_hand = -np.mean([np.log(p[0, 0]), np.log(1 - p[0, 1]), np.log(1 - p[1, 0]), np.log(p[1, 1])])
+    assert skip_loss(seen, 0.95) == pytest.approx(by_hand, rel=1e-5)
+    np.testing.assert_allclose(skip_accuracy(seen, 0.95), [1.0, 0.5])
+
+
+def test_swin_at_full_capacity_is_dense_exactly():
+    variables = start(SWIN, WIDE)
+    method = SwinPatchSkip(SWIN, 1.0)
+    small = {"params": {**start(method, WIDE, seed=5)["params"], "model": variables["params"]}}
+    trace = run(method, small, WIDE, method="trace")
+    np.testing.assert_array_equal(trace.logits, run(SWIN, variables, WIDE))
+    assert [kept.shape for kept in trace.kept] == [(2, 9, 6), (2, 9, 6), (2, 5, 3)]
+
+
+def test_swin_masked_and_gathered_agree():
+    method = SwinPatchSkip(SWIN, (0.5, 0.25, 0.5))
+    variables = start(method, WIDE)
+    trace = run(method, variables, WIDE, method="trace")
+    masked = run(method, variables, WIDE, decisions=trace.kept, method="trace")
+    np.testing.assert_allclose(masked.logits, trace.logits, atol=1e-5)
+    assert not all(kept.all() for kept in trace.kept)
+    dense = {"params": variables["params"]["model"]}
+    assert flops(method.apply, variables, WIDE) < flops(SWIN.apply, dense, WIDE)
+
+
+def test_swin_scorers_decide_in_threshold_mode():
+    method = SwinPatchSkip(SWIN)
+    variables = start(method, WIDE)
+    scores, similarity = run(method, variables, WIDE, method="watch")
+    kept = run(method, variables, WIDE, method="trace").kept
+    np.testing.assert_array_equal(kept[0], scores[0] > 0)
+    assert all(((s >= 0) & (s <= 1)).all() for s in similarity)
+    with pytest.raises(ValueError, match="capacity must be one value or a sequence of 3"):
+        SwinPatchSkip(SWIN, (0.5, 0.5))
