@@ -27,6 +27,7 @@ STUDIES = {
     "vit": "experiments.studies.vit",
     "l1-regularization": "experiments.studies.l1_regularization",
     "l1-pruning": "experiments.studies.l1_pruning",
+    "token-pruning": "experiments.studies.token_pruning",
 }
 
 ConfigT = TypeVar("ConfigT")

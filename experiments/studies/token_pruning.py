@@ -1,0 +1,295 @@
+"""Fewer tokens in a trained ViT: DynamicViT, CP-ViT, patch skipping and merging, side by side.
+
+References: report A, section 2.5 and Table 8; report B, section 2.3 and Tables 6-7; report C.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import data, finetuning, token_figures, token_methods, token_training, training
+from experiments.finetuning import FineTuning
+from experiments.parts import part, recorded
+from experiments.runs import Run
+from experiments.studies.token_presets import PRESETS as PRESETS
+from experiments.studies.token_presets import Config
+from experiments.token_methods import Profile, Series
+from experiments.token_tables import comparisons, table
+from experiments.trained import Base, load_base
+from experiments.training import PyTree
+from prune_jax import flops
+from prune_jax.tokens import (
+    CPViT,
+    PatchSkip,
+    TokenMethod,
+    cut_heads,
+    layer_ratios,
+    least_heads,
+    skip_accuracy,
+    token_costs,
+)
+
+SUMMARY = "Drop, skip or merge the tokens of a trained ViT: accuracy, FLOPs and latency of five methods"
+Row = dict[str, Any]
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Trains what each method learns and measures all; returns metrics, table, comparisons, figures."""
+    check(config)
+    base = load_base(run.options, config.base, training.data_mesh())
+    finetuning.check(_plan(config, config.epochs, config.learning_rate, base), len(base.train.labels))
+    study = _Study(config, base, run)
+    rows = study.untrained() + study.trained()
+    metrics = {
+        "dataset": base.config.dataset,
+        "dense": study.dense(),
+        "rows": rows,
+        "thresholds": study.thresholds(),
+        "heads": study.heads(),
+        "profile": token_figures.summary(study.profile),
+        "similarity": study.similarity(),
+    }
+    token_figures.keep_pictures(run, base, study.shown(), study.profile)
+    return {
+        "metrics": metrics,
+        "table": table(config.base, metrics),
+        "comparisons": comparisons(config, metrics),
+        "figures": token_figures.names(config),
+    }
+
+
+def check(config: Config) -> None:
+    """Refuses, before anything is loaded, numbers that make no sense.
+
+    Raises:
+      ValueError: names the field, its value and what would be right.
+    """
+    for name in ("keep_rates", "classifier", "joint", "finetuned", "others_finetuned"):
+        if bad := [rate for rate in getattr(config, name) if not 0 < rate <= 1]:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {bad}")
+    if bad := [t for t in config.cosine_thresholds if not 0 < t < 1]:
+        raise ValueError(f"cosine_thresholds must be between 0 and 1, got {bad}")
+    if not config.cosine_thresholds or not config.keep_rates or not config.series:
+        raise ValueError("cosine_thresholds, keep_rates and series need at least one entry each")
+    for name in ("calibration_images", "repeats"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def draw(directory: Path, result: dict[str, Any]) -> None:
+    """Draws the figures of a finished run from its logs and result."""
+    token_figures.draw(directory, result)
+
+
+def _plan(config: Config, epochs: float, rate: float, base: Base) -> FineTuning:
+    return FineTuning(epochs, config.batch_size, rate, augment=base.config.augment)
+
+
+class _Study:
+    """What the parts of one run share: the base, what was learned beside it, and the numbers of the calibration."""
+
+    def __init__(self, config: Config, base: Base, run: Run):
+        self.config, self.base, self.run = config, base, run
+        self.model = token_methods.vit_of(base)
+        self.test = data.Split(base.test.images[: config.test_images], base.test.labels[: config.test_images])
+        self.profile: Profile = token_methods.profile(base, config.calibration_images)
+        self.inputs = token_methods.calibration(base, config.calibration_images)
+        scorers = token_methods.scorers_of(self.model)
+        self._watch = jax.jit(lambda params, x: scorers.apply({"params": params}, x, method="watch"))
+        last = config.cosine_thresholds[-1]
+        self.predictors = self._learn_predictors() if self._has("dynamic", "dynamic-merge") else {}
+        self.scorers = {t: self._learn_scorers(t) for t in config.cosine_thresholds} if self._has("skip") else {}
+        self.seen = jax.device_get(self._watch(self.scorers[last], self.inputs)) if self.scorers else None
+
+    def _has(self, *series: str) -> bool:
+        return any(name in self.config.series for name in series)
+
+    def build(self, series: Series, keep: float) -> TokenMethod:
+        scores = self.seen.scores if self.seen is not None else np.zeros((1, 1, 1))
+        return token_methods.build(series, keep, self.model, self.profile.ranges, scores)
+
+    def params(self, series: Series) -> PyTree:
+        """The base's parameters with what the method has learned beside it."""
+        if series in ("dynamic", "dynamic-merge"):
+            return self.predictors
+        return self.scorers[self.config.cosine_thresholds[-1]] if series == "skip" else {"model": self.base.params}
+
+    def dense(self) -> Row:
+        def make(own: Run) -> Row:
+            del own
+            measured = self.base.measure(self.base.params, self.test)
+            return {
+                **_percent(measured),
+                "flops": self._flops(self.model, self.base.params),
+                "images": len(self.test.labels),
+            }
+
+        return recorded(self.run, "dense", make)
+
+    def untrained(self) -> list[Row]:
+        """Every method at every keep rate it reaches, the ViT as it is."""
+        pairs = [(s, k) for s in self.config.series for k in self.config.keep_rates]
+        return [
+            self._row(f"{s}-{k:g}", s, k, "none", partial(self._as_it_is, s))
+            for s, k in pairs
+            if token_methods.reaches(s, k, self.model)
+        ]
+
+    def trained(self) -> list[Row]:
+        """The methods after training of the classifier, of everything, or of the ViT."""
+        config = self.config
+        rows = []
+        if "dynamic" in config.series:
+            for keep in config.classifier:
+                make = partial(self._finetune, "dynamic", keep, token_training.classifier)
+                rows.append(self._row(f"classifier-{keep:g}", "dynamic", keep, "classifier", make))
+            for keep in config.joint:
+                rows.append(self._row(f"joint-{keep:g}", "dynamic", keep, "joint", partial(self._joint, keep)))
+        wanted = {"cp": config.finetuned, **dict.fromkeys(("tome", "cp-merge", "skip"), config.others_finetuned)}
+        for series in [s for s in config.series if s in wanted]:
+            for keep in [k for k in wanted[series] if token_methods.reaches(series, k, self.model)]:
+                make = partial(self._finetune, series, keep, token_training.of_the_vit)
+                rows.append(self._row(f"{series}-{keep:g}-trained", series, keep, "ViT", make))
+        return rows
+
+    def thresholds(self) -> list[Row]:
+        """Patch skipping as reported: all patches whose score is above one half are computed."""
+        return [
+            recorded(self.run, f"threshold-{t:g}-{attend}", partial(self._threshold, t, attend))
+            for t in self.scorers
+            for attend in ("kept", "all")
+        ]
+
+    def heads(self) -> Row | None:
+        """CP-ViT's cascade of heads beside that of patches, at the largest of its fine-tuned keep rates."""
+        if "cp" not in self.config.series or len({len(h) for h in self.profile.heads}) > 1:
+            return None
+
+        def make(own: Run) -> Row:
+            del own
+            number = len(self.profile.heads[0])
+            ratios = layer_ratios(self.profile.ranges, 0.5 / number)
+            kept = least_heads([jnp.asarray(h) for h in self.profile.heads], ratios)
+            model, cut = cut_heads(self.model, {"params": self.base.params}, kept)
+            method = CPViT(model, layer_ratios(self.profile.ranges, 0.2), merge=True)
+            params = {"model": cut["params"]}
+            row = {"kept": [list(h) for h in kept], "patch_ratio": 0.2}
+            return {**row, **self._measured(method, params), "alone": self._measured(CPViT(model), params)}
+
+        return recorded(self.run, "heads", make)
+
+    def similarity(self) -> dict[str, Any] | None:
+        """How similar each block leaves the patches: mean, and share above each threshold."""
+        if self.seen is None:
+            return None
+        similarity = np.asarray(self.seen.similarity)
+        above = {f"{t:g}": (similarity >= t).mean(axis=(0, 2)).tolist() for t in self.config.cosine_thresholds}
+        return {"mean": similarity.mean(axis=(0, 2)).tolist(), "above": above}
+
+    def shown(self) -> list[tuple[str, TokenMethod, PyTree]]:
+        """The methods whose decisions are drawn."""
+        shown: list[tuple[str, TokenMethod, PyTree]] = []
+        for series in self.config.series:
+            for keep in token_figures.SHOWN[series]:
+                if token_methods.reaches(series, keep, self.model):
+                    shown.append((f"{series}-{keep:g}", self.build(series, keep), self.params(series)))
+        return shown
+
+    def _row(self, name: str, series: Series, keep: float, trained: str, make: Callable[[Run], PyTree]) -> Row:
+        def record(own: Run) -> Row:
+            method, params = self.build(series, keep), make(own)
+            row = {"series": series, "keep": keep, "trained": trained, **self._measured(method, params)}
+            if trained == "none" and keep in self.config.timed:
+                row["latency"] = self._latency(method, params)
+            return row
+
+        return recorded(self.run, name, record)
+
+    def _measured(self, method: TokenMethod, params: PyTree) -> Row:
+        return {
+            **_percent(self.base.measure(params, self.test, model=method)),
+            "flops": self._flops(method, params),
+            "tokens": list(method.tokens),
+        }
+
+    def _latency(self, method: TokenMethod, params: PyTree) -> dict[str, Row]:
+        config = self.config
+        costs = token_costs(method, {"params": params}, batches=config.batches, repeats=config.repeats)
+        return {
+            str(batch): {"seconds": times.median, "dense_seconds": costs.dense_latency[batch].median}
+            for batch, times in costs.latency.items()
+        }
+
+    def _as_it_is(self, series: Series, own: Run) -> PyTree:
+        del own
+        return self.params(series)
+
+    def _learn_predictors(self) -> PyTree:
+        config = self.config
+        method = token_methods.predictors_of(self.model, config.predictor_keep)
+        start = token_methods.begin(method, self.base, config.seed)
+        plan = _plan(config, config.learn_epochs, config.own_learning_rate, self.base)
+        loss = token_training.dynamic_loss(method, self.base)
+        own = part(self.run, "predictors")
+        return token_training.train(own, self.base, start, loss, plan, token_training.of_the_method, seed=config.seed)
+
+    def _learn_scorers(self, cosine_threshold: float) -> PyTree:
+        config = self.config
+        method = token_methods.scorers_of(self.model)
+        start = token_methods.begin(method, self.base, config.seed)
+        plan = _plan(config, config.learn_epochs, config.own_learning_rate, self.base)
+        loss = token_training.scorer_loss(method, cosine_threshold)
+        own = part(self.run, f"scorers-{cosine_threshold:g}")
+        return token_training.train(own, self.base, start, loss, plan, token_training.of_the_method, seed=config.seed)
+
+    def _joint(self, keep: float, own: Run) -> PyTree:
+        config = self.config
+        method = token_methods.predictors_of(self.model, keep)
+        plan = _plan(config, config.joint_epochs, config.learning_rate, self.base)
+        loss = token_training.dynamic_loss(method, self.base)
+        return token_training.train(
+            own, self.base, self.predictors, loss, plan, token_training.everything, seed=config.seed
+        )
+
+    def _finetune(self, series: Series, keep: float, trained: Callable[[str], bool], own: Run) -> PyTree:
+        config, params = self.config, self.params(series)
+        plan = _plan(config, config.epochs, config.learning_rate, self.base)
+        wrap = token_training.only(trained, params)
+        method = self.build(series, keep)
+        return finetuning.finetune(
+            own, self.base, params, plan, seed=config.seed, model=method, wrap=wrap, validate=False
+        )
+
+    def _threshold(self, cosine_threshold: float, attend: str, own: Run) -> Row:
+        del own
+        params = self.scorers[cosine_threshold]
+        method = PatchSkip(self.model, attend=cast(Any, attend))
+        trace = jax.jit(lambda p, x: method.apply({"params": p}, x, method="trace"))(params, self.inputs)
+        kept = np.asarray(trace.kept).mean(axis=(0, 2))
+        patches = trace.kept.shape[-1]
+        # what the threshold would compute on average, counted as a fixed capacity
+        equal = method.clone(capacity=tuple(np.maximum(kept, 1 / patches).tolist()))
+        seen = self._watch(params, self.inputs)
+        return {
+            "cosine_threshold": cosine_threshold,
+            "attend": attend,
+            **self._measured(method, params),
+            "flops": self._flops(equal, params),
+            "patches_skipped": float((1 - kept).mean() * patches),
+            "kept": kept.tolist(),
+            "scorer_accuracy": skip_accuracy(seen, cosine_threshold).tolist(),
+        }
+
+    def _flops(self, method: nn.Module, params: PyTree) -> int:
+        """Of one image."""
+        return flops(method.apply, {"params": params}, self.inputs[:1])
+
+
+def _percent(measured: dict[str, float]) -> dict[str, float]:
+    return {name: 100 * measured[name] for name in ("accuracy", "top5_accuracy")}

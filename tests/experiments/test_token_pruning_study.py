@@ -1,0 +1,67 @@
+"""The study of token methods: all of them on a tiny ViT, taken up again where it stopped, its figures and refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from study_runs import check_figures_come_from_the_logs, run_preset
+
+from experiments.studies import token_pruning
+from experiments.studies.token_presets import PRESETS
+from experiments.token_figures import decided
+from experiments.token_methods import TITLES, reaches
+from prune_jax.models import ViT
+
+
+@pytest.mark.slow
+def test_all_methods_on_a_tiny_vit(tmp_path) -> None:
+    run_preset(tmp_path, "vit")
+    directory, result = run_preset(tmp_path, "token-pruning")
+    check_figures_come_from_the_logs(token_pruning.draw, directory, result)
+    metrics = result["metrics"]
+    found = {(row["series"], row["trained"]) for row in metrics["rows"]}
+    assert {series for series, _ in found} == set(TITLES)
+    assert {"none", "classifier", "joint", "ViT"} == {trained for _, trained in found}
+    for row in metrics["rows"]:
+        assert row["flops"] < metrics["dense"]["flops"]
+        assert 0 <= row["accuracy"] <= row["top5_accuracy"] <= 100
+        assert ("latency" in row) == (row["trained"] == "none")
+    for row in metrics["thresholds"]:
+        assert 0 <= row["patches_skipped"] <= 16
+    # what is recorded is not made again
+    (directory / "result.json").unlink()
+    again = run_preset(tmp_path, "token-pruning")[1]
+    assert again["metrics"] == metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_rates": (0.5, 0.0)}, r"keep_rates must be above 0 and at most 1, got \[0.0\]"),
+        ({"joint": (1.5,)}, "joint must be above 0 and at most 1"),
+        ({"cosine_thresholds": (1.0,)}, "cosine_thresholds must be between 0 and 1"),
+        ({"series": ()}, "need at least one entry"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+    ],
+)
+def test_wrong_numbers_are_refused(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_pruning.check(dataclasses.replace(PRESETS["tiny"].config, **changes))
+
+
+def test_pictures_show_who_carries_a_patch() -> None:
+    image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1)
+    owner = np.array([[0, 0, -1, 3]])
+    drawn = decided(image, owner, (2, 2))[0, ..., 0]
+    np.testing.assert_array_equal(drawn[:2, :2], drawn[:2, 2:])
+    np.testing.assert_array_equal(drawn[:2, :2], [[1, 2], [5, 6]])
+    assert (drawn[2:, :2] == 221).all()
+    np.testing.assert_array_equal(drawn[2:, 2:], image[0, 2:, 2:, 0])
+    assert decided(np.zeros((1, 5, 5, 3), np.uint8), np.zeros((1, 4), int), (2, 2)).shape == (1, 16, 16, 3)
+
+
+def test_merging_reaches_what_halving_leaves() -> None:
+    model = ViT(num_classes=3, image_size=8, patch=2, width=8, depth=2, heads=2)
+    assert reaches("tome", 0.375, model)  # (8 + 4) / 32
+    assert not reaches("tome", 0.3, model)
+    assert reaches("cp", 0.3, model)
