@@ -76,12 +76,12 @@ class Config:
 
 
 _CPU = Config(
-    compared=(0.3, 0.5, 0.7),
-    finetuned=(0.5, 0.7, 0.9),
+    compared=(0.5, 0.7),
+    finetuned=(0.5, 0.7),
     contrasted=(0.5,),
     calibration=512,
     sparse_epochs=0.5,
-    epochs=1.0,
+    epochs=0.5,
     latency_calls=10,
 )
 _GPU = Config(base="gpu-0", calibration=4096, round_to=8, batch_size=512, learning_rate=1e-3, latency_batch=256)
@@ -89,8 +89,8 @@ _GPU = Config(base="gpu-0", calibration=4096, round_to=8, batch_size=512, learni
 PRESETS = {
     "cpu": Preset(
         _CPU,
-        "the small ViT of `vit cpu`: nine ratios, three of them trained on for one epoch",
-        "35 min on one CPU core",
+        "the small ViT of `vit cpu`: nine ratios, two of them trained on for half an epoch",
+        "20 min on one CPU core",
         "at most 4 points lost at 50 % of the units, at most 12 at 70 %",
     ),
     "gpu": Preset(
@@ -108,7 +108,7 @@ PRESETS = {
     "swin-cpu": Preset(
         replace(_CPU, base="swin-cpu-0"),
         "the small Swin of `vit swin-cpu`",
-        "35 min on one CPU core (not run here)",
+        "20 min on one CPU core (not run here)",
         "at most 4 points lost at 50 % of the units",
     ),
     "swin-gpu": Preset(
