@@ -51,8 +51,9 @@ class Initial(NamedTuple):
     def logits(self, params: PyTree, inputs: Array, batch_stats: PyTree | None = None) -> Array:
         """(B, ...) -> (B, classes), normalised by given statistics, else by the running ones as they start."""
         stats = self.batch_stats if batch_stats is None else batch_stats
-        apply: Callable[..., Array] = self.model.apply
-        return apply({"params": params, "batch_stats": stats}, inputs, train=False)
+        apply: Callable[..., Any] = self.model.apply
+        found: Array = apply({"params": params, "batch_stats": stats}, inputs, train=False)
+        return found
 
     def training_logits(self, params: PyTree, inputs: Array) -> Array:
         """(B, ...) -> (B, classes), normalised by the batch as in training; nothing is dropped at random."""
