@@ -52,18 +52,25 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, 
       strides: along height and width.
       padding: "SAME" or "VALID".
       method: "xla" is `lax.conv_general_dilated`; "im2col" copies the patches of x into the rows of a matrix, and is
-        one matrix product in each direction: several times faster on CPU, the gradients above all. "auto" is im2col on
-        CPU and XLA's elsewhere.
+        one matrix product in each direction. "auto" is XLA's, but for two cases on CPU: outputs with a side below 3,
+        whose gradients XLA computes tens of times slower, and layers so thin that copying costs less.
 
     Raises:
       ValueError: unknown method.
     """
     if method not in ("auto", "im2col", "xla"):
         raise ValueError(f"method must be 'auto', 'im2col' or 'xla', got {method!r}")
-    if method == "xla" or (method == "auto" and jax.default_backend() != "cpu"):
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     height, width, channels, features = kernel.shape
     pads = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding)
+    if method == "auto":
+        sides = [
+            (side + sum(pad) - size) // stride + 1
+            for side, pad, size, stride in zip(x.shape[1:3], pads, (height, width), strides, strict=True)
+        ]
+        slow = min(sides) < 3 or (channels < 8 and features < 32)
+        method = "im2col" if slow and jax.default_backend() == "cpu" else "xla"
+    if method == "xla":
+        return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     if x.shape[1:3] == (height, width):  # the kernel covers the whole image
         return (x.reshape(len(x), -1) @ kernel.reshape(-1, features))[:, None, None]

@@ -31,7 +31,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("image", "kernel", "strides", "padding"), SHAPES)
-def test_im2col_is_the_convolution_and_so_are_its_gradients(image, kernel, strides, padding) -> None:
+def test_all_methods_are_the_convolution_and_so_are_their_gradients(image, kernel, strides, padding) -> None:
     x_key, k_key = jax.random.split(jax.random.key(0))
     x, k = jax.random.normal(x_key, (2, *image)), jax.random.normal(k_key, kernel)
 
@@ -40,8 +40,9 @@ def test_im2col_is_the_convolution_and_so_are_its_gradients(image, kernel, strid
         y, pullback = jax.vjp(lambda x, k: convolve(x, k, strides, padding, method=method), x, k)
         return y, *pullback(jnp.sin(y))
 
-    for ours, theirs in zip(both("im2col"), both("xla"), strict=True):
+    for ours, theirs, chosen in zip(both("im2col"), both("xla"), both("auto"), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(chosen, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_conv_is_a_drop_in_for_flax() -> None:
