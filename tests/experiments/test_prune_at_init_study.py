@@ -68,7 +68,7 @@ def test_statistics_are_those_of_training(initial: foresight.Initial) -> None:
     np.testing.assert_allclose(*both(initial.params), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", foresight.TITLES.keys() - {"dense"})
+@pytest.mark.parametrize("method", sorted(foresight.TITLES.keys() - {"dense"}))
 def test_masks_have_the_sparsity_and_survive_the_file(
     initial: foresight.Initial, method: foresight.Method, tmp_path: Path
 ) -> None:
