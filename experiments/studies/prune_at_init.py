@@ -77,10 +77,8 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         return record
 
     jobs = [("dense", 0.0), *((method, s) for s in config.sparsities for method in config.methods)]
-    return _content(
-        config,
-        [parts.recorded(run, f"{method}-{s:g}", partial(one, method, s)) for method, s in jobs],
-    )
+    records = [parts.recorded(run, f"{method}-{s:g}", partial(one, method, s)) for method, s in jobs]
+    return _content(config, sorted(records, key=lambda record: record["sparsity"]))
 
 
 def check(config: Config) -> None:

@@ -22,7 +22,7 @@ class Config:
       width: share of the model's channels.
       seed: of initialisation, random scores and data order.
       methods: the criteria.
-      sparsities: fractions of the kernels' weights to remove.
+      sparsities: fractions of the kernels' weights to remove, in the order in which the run takes them.
       trained: those of them at which what is left is trained.
       rounds: of SynFlow and PX.
       score_images: train images that the criteria see.
@@ -60,8 +60,8 @@ class Config:
 _CPU = Config(
     images=30_000,
     image_size=16,
-    sparsities=(0.8, 0.95, 0.99, 0.998),
-    trained=(0.8, 0.95, 0.99),
+    sparsities=(0.99, 0.95, 0.8, 0.998),
+    trained=(0.99, 0.95, 0.8),
     score_images=64,
     epochs=1,
     batch_size=32,
