@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO := functa/digits functaset/digits classify/digits dessilbi-mnist/digits vit/digits structural-pruning/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench report clean
+.PHONY: help install demo test test-all lint format bench report clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 install: $(VENV)/.base ## make .venv with the pinned dependencies
 
@@ -24,7 +24,10 @@ demo: $(VENV)/.base ## train on real images, print tables, write figures (about 
 	@echo "Next:  $(BIN)/python -m experiments list"
 	@echo "       $(BIN)/python -m experiments data prepare mnist && $(BIN)/python -m experiments run functa mnist-small"
 
-test: $(VENV)/.dev ## run all tests
+test: $(VENV)/.dev ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: $(VENV)/.dev ## run all tests (about half an hour on two cores)
 	$(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.dev ## ruff (lint and format) and mypy
