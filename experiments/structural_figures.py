@@ -1,14 +1,12 @@
 """The figures of the study of structural pruning: accuracy, costs, what is left of each layer, coupled layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import plots
 from experiments.dependency_figures import dependency_graph, dependency_matrix
 from experiments.published import table
-
-NAMES = ["accuracy.png", "costs.png", "criteria.png", "layers.png", "graph.png", "matrix.png"]
 
 _TABLES = {"global": 6, "local": 7}  # of report A: its Figures 11 and 10
 _CRITERIA = {
@@ -22,16 +20,30 @@ Parts = list[dict[str, Any]]
 Curve = tuple[list[float], list[float]]
 
 
+def names(arms: Sequence[str]) -> list[str]:
+    """The figures of a run with these arms."""
+    compared = ["criteria.png"] if len(arms) > 1 else []
+    return ["accuracy.png", "costs.png", *compared, "layers.png", "graph.png", "matrix.png"]
+
+
 def draw(directory: Path, result: dict[str, Any]) -> None:
-    """Draws all of `NAMES` from a result."""
+    """Draws the figures of a result."""
     metrics, config = result["metrics"], result["config"]
     arms = {arm: [p for p in metrics["parts"] if p["arm"] == arm] for arm in config["arms"]}
     tables = {arm: parts for arm, parts in arms.items() if arm in _TABLES} or arms
     dense, name = metrics["dense"], metrics["name"]
     trained = f"trained, {config['epochs']:g} epochs"
-    draw_accuracy(directory / "accuracy.png", tables, dense, trained, title=f"{name}: {_dense_text(dense)}")
+    draw_accuracy(
+        directory / "accuracy.png",
+        tables,
+        dense,
+        trained,
+        title=f"{name}: {_dense_text(dense)}",
+        published=bool(result["comparisons"]),
+    )
     draw_costs(directory / "costs.png", tables, dense, trained, title=f"{name}: {_dense_text(dense)}")
-    draw_criteria(directory / "criteria.png", arms, dense, title=f"{name}: which units go, before any training")
+    if len(arms) > 1:
+        draw_criteria(directory / "criteria.png", arms, dense, title=f"{name}: which units go, before any training")
     first = next(iter(tables))
     plots.matrix(
         {layer: [100 * p["widths"][layer] for p in tables[first]] for layer in tables[first][0]["widths"]},
@@ -48,7 +60,9 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         )
 
 
-def draw_accuracy(path: Path, arms: dict[str, Parts], dense: dict[str, Any], trained: str, *, title: str) -> None:
+def draw_accuracy(
+    path: Path, arms: dict[str, Parts], dense: dict[str, Any], trained: str, *, title: str, published: bool
+) -> None:
     """Accuracy over the fraction removed, relative to the dense network: report A's Figures 10 and 11."""
 
     series, marks = {}, {}
@@ -57,7 +71,7 @@ def draw_accuracy(path: Path, arms: dict[str, Parts], dense: dict[str, Any], tra
         curves = {name: _from_dense(dense["accuracy"], curve) for name, curve in curves.items()}
         curves[trained] = _over_ratio(parts, "trained")
         series[arm] = {name: (x, [value - dense["accuracy"] for value in y]) for name, (x, y) in curves.items()}
-        if arm in _TABLES:
+        if published and arm in _TABLES:
             base, *rows = table("A", _TABLES[arm]).rows
             marks[arm] = {
                 "report A, 20 epochs": (

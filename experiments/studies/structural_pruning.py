@@ -69,7 +69,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "table": _table(config, base, metrics),
         "comparisons": _comparisons(config, base, metrics),
-        "figures": structural_figures.NAMES,
+        "figures": structural_figures.names(config.arms),
     }
 
 
