@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import flax.linen as nn
@@ -88,6 +89,29 @@ def matmul_gradient(clock: Iterator[None], s: Setting, calls: int = 20) -> None:
         jax.block_until_ready(chain(y))
 
 
+def score(clock: Iterator[None], s: Setting, criterion: str) -> None:
+    """One scoring of ResNet-20, jitted; PX in the network normalised by fixed statistics, the others by the batch."""
+    from experiments.models.resnet import resnet20
+    from prune_jax import scores
+
+    model = resnet20(projection=True, last_scale=1.0)
+    inputs = jax.random.normal(jax.random.key(1), (s.batch, s.size, s.size, s.channels))
+    labels = jnp.arange(s.batch) % 10
+    variables = jax.jit(model.init)(jax.random.key(0), inputs)
+    stats = variables["batch_stats"]
+
+    def logits(params, inputs, train):
+        found = model.apply({"params": params, "batch_stats": stats}, inputs, train=train, mutable=["batch_stats"])
+        return found[0]
+
+    if criterion == "px":
+        call = jax.jit(lambda p, x, y: scores.px(functools.partial(logits, train=False), p, x))
+    else:
+        call = jax.jit(lambda p, x, y: getattr(scores, criterion)(functools.partial(logits, train=True), p, x, y))
+    for _ in clock:
+        jax.block_until_ready(call(variables["params"], inputs, labels))
+
+
 SQUARE = 2048  # side of the large square matrix
 OURS: dict[str, Callable] = {
     "second-order": functa,
@@ -95,9 +119,11 @@ OURS: dict[str, Callable] = {
     "fit": fit,
     "matmul": matmul,
     "matmul-gradient": matmul_gradient,
+    **{f"score-{name}": functools.partial(score, criterion=name) for name in ("px", "snip", "grasp")},
     "matmul-square": functools.partial(matmul, rows=SQUARE, columns=SQUARE, calls=2),
 }
 
 if __name__ == "__main__":
     name, setting = sys.argv[1:]
-    OURS[name](turns(), Setting(**json.loads(setting)))
+    clock = time.process_time if name.startswith("score") else time.perf_counter
+    OURS[name](turns(clock), Setting(**json.loads(setting)))

@@ -10,11 +10,13 @@ import functools
 import json
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+from benchmarks import px_code
 from benchmarks.turns import Setting, turns
 
 
@@ -271,8 +273,12 @@ PEERS: dict[str, Callable] = {
     "report-a-meta-sgd": functools.partial(report_a, meta_sgd=True),
     "spatial-functa": spatial_functa,
     "matmul": matmul,
+    "score-px": functools.partial(px_code.score, criterion="PX"),
+    "score-snip": functools.partial(px_code.score, criterion="SNIP"),
+    "score-grasp": functools.partial(px_code.score, criterion="GraSP"),
 }
 
 if __name__ == "__main__":
     name, folder, setting = sys.argv[1:]
-    PEERS[name](turns(), Path(folder).resolve(), Setting(**json.loads(setting)))
+    clock = time.process_time if name.startswith("score") else time.perf_counter
+    PEERS[name](turns(clock), Path(folder).resolve(), Setting(**json.loads(setting)))

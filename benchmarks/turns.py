@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,10 @@ class Setting:
 SPATIAL = Setting(size=32, channels=3, latent=16, grid=8, w0=10.0)  # the Spatial Functa paper's network and images
 
 
-def turns() -> Iterator[None]:
+def turns(clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
     """Worker's side: yield once for every step that stdin asks for and answer each block with its seconds.
+
+    `time.process_time` as the clock gives CPU seconds, of all threads: other processes then count less.
 
     What the competitor itself prints goes to stderr, since stdout carries the answers.
     """
@@ -60,9 +62,9 @@ def turns() -> Iterator[None]:
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
-            start = time.perf_counter()
+            start = clock()
             yield
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         print(json.dumps(seconds), file=answers, flush=True)
 
 
