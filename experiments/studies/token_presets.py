@@ -83,6 +83,12 @@ PRESETS = {
         "25 min on one CPU core",
         "at keep rate 0.7 and without training, CP-ViT that merges loses about a point",
     ),
+    "training-free": Preset(
+        replace(_CPU, series=("tome", "cp", "cp-merge"), classifier=(), joint=(), finetuned=(), others_finetuned=()),
+        "ToMe and CP-ViT, dropping and merging, on the small ViT of `vit cpu`: nothing is trained",
+        "4 min on one CPU core",
+        "merging loses less than a point at keep rate 0.6",
+    ),
     "gpu": Preset(
         _GPU,
         "all methods on ViT-S/4 of `vit gpu`, all keep rates, all test images",

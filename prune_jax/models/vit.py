@@ -218,7 +218,8 @@ class ViT(nn.Module):
         if self.pool == "mean":
             patches = self.norm(tokens[:, self.prefix :])
             if weights is not None:
-                share = weights / weights.sum(axis=1, keepdims=True) * weights.shape[1]
+                total = jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-6)  # of an image that has lost all of them
+                share = weights / total * weights.shape[1]
                 patches = patches * share[..., None].astype(patches.dtype)
             seen = patches.mean(axis=1, keepdims=True)
         else:
