@@ -36,6 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return run_preset(tmp_path_factory.mktemp("runs"), "bn-probes")
 
 
+@pytest.mark.slow
 def test_every_arm_is_trained_and_probed(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     for net in bn_probes.NETS:
@@ -50,6 +51,7 @@ def test_every_arm_is_trained_and_probed(tiny: tuple[Path, dict]) -> None:
             assert min(changes) > 0
 
 
+@pytest.mark.slow
 def test_table_holds_medians_of_the_logs(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     highs, widths = [], []
@@ -63,6 +65,7 @@ def test_table_holds_medians_of_the_logs(tiny: tuple[Path, dict]) -> None:
     assert result["metrics"]["train_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_finished_arm_is_not_trained_again_and_gives_the_same_numbers(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     console = rich.console.Console(file=io.StringIO())
@@ -74,6 +77,7 @@ def test_a_finished_arm_is_not_trained_again_and_gives_the_same_numbers(tiny: tu
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     assert result["figures"] == ["landscape.png", "predictiveness.png", "beta.png", "envelope.png"]

@@ -78,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_modules_add_up_and_training_keeps_the_zeros(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, result = run_preset(folder, "dimap")
     check_figures_come_from_the_logs(dimap.draw, directory, result)
