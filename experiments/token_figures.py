@@ -42,7 +42,7 @@ def names(config: Config) -> list[str]:
 def summary(profile: Profile) -> dict[str, Any]:
     """What of a profile goes into the result: ranges, and how informativeness is spread in each block."""
     scores = profile.patches / np.array([len(h) for h in profile.heads])[None, :, None]
-    edges = np.linspace(0, float(scores.max()), 41)
+    edges = np.linspace(0, float(np.quantile(scores, 0.995)), 41)
     shares = [np.histogram(scores[:, i], edges)[0] / scores[:, i].size for i in range(scores.shape[1])]
     return {
         "ranges": list(profile.ranges),
@@ -124,7 +124,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         {f"block {i}": shares for i, shares in enumerate(profile["shares"], start=1)},
         directory / "informativeness.png",
         title=f"{on}: how informative the patches are",
-        x_label="largest attention probability a patch receives, mean over heads",
+        x_label="largest attention probability a patch receives, mean over heads (99.5 % of them)",
         y_label="share of patches",
         means={f"block {i}": mean for i, mean in enumerate(profile["means"], start=1)},
     )
