@@ -99,7 +99,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     base = load_base(run.options, config.base, training.data_mesh())
     if base.config.model != "swin":
         raise ValueError(f"base must be a Swin, got {config.base!r}, a {base.config.model}; such as `vit swin-cpu`")
-    finetuning.check(_plan(config), len(base.train.labels))
+    finetuning.check(_plan(config, base), len(base.train.labels))
     image = base.prepare(jnp.asarray(base.train.images[:1]))
     metrics = {
         "base": _percent(base, base.params),
@@ -153,8 +153,8 @@ def masks_of(method: Method, params: PyTree, sparsity: float) -> PyTree:
     return found[method]()
 
 
-def _plan(config: Config) -> FineTuning:
-    return FineTuning(config.epochs, config.batch_size, config.learning_rate)
+def _plan(config: Config, base: Base) -> FineTuning:
+    return FineTuning(config.epochs, config.batch_size, config.learning_rate, augment=base.config.augment)
 
 
 def _part(config: Config, base: Base, method: Method, sparsity: float, image: Any, run: Run) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _part(config: Config, base: Base, method: Method, sparsity: float, image: An
         "before": _percent(base, params),
     }
     trained = finetuning.finetune(
-        run, base, params, _plan(config), seed=config.seed, wrap=lambda adamw, _: keep_masks(masks, adamw)
+        run, base, params, _plan(config, base), seed=config.seed, wrap=lambda adamw, _: keep_masks(masks, adamw)
     )
     return record | {"after": _percent(base, trained)}
 
