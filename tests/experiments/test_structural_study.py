@@ -37,6 +37,7 @@ def test_presets_have_their_base(name) -> None:
         assert preset.network in structural.CNNS
 
 
+@pytest.mark.slow
 def test_records_are_of_the_plans_that_are_kept(folder) -> None:
     directory = folder / "structural-pruning" / "tiny-0"
     result = json.loads((directory / "result.json").read_text())
@@ -62,6 +63,7 @@ def test_records_are_of_the_plans_that_are_kept(folder) -> None:
     assert result["comparisons"] == []  # report A has no digits
 
 
+@pytest.mark.slow
 def test_figures_and_finished_parts_are_kept(folder, tmp_path) -> None:
     shutil.copytree(folder, tmp_path / "runs")
     directory = tmp_path / "runs" / "structural-pruning" / "tiny-0"
@@ -102,11 +104,22 @@ def test_the_published_tables_stand_beside_ours() -> None:
         ({"arms": ()}, "arms must name at least one of"),
         ({"sparse_strength": -1.0}, "sparse_strength must be at least 0"),
         ({"ridge": 0.0}, "ridge must be above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_preset(tmp_path, "structural-pruning", **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"calibration": 10_000}, "calibration must be from 1 to the 128 train images"),
         ({"epochs": 0.0}, "epochs must be above 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(folder, changes, message) -> None:
+def test_what_does_not_fit_the_base_is_refused(folder, changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         run_preset(folder, "structural-pruning", seed=1, **changes)
 
