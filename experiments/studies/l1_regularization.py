@@ -92,7 +92,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Trains with each strength; returns metrics, table, comparisons and figures for `result.json`."""
     check(config)
     base = load_base(run.options, config.base, training.data_mesh())
-    finetuning.check(_plan(config), len(base.train.labels))
+    finetuning.check(_plan(config, base), len(base.train.labels))
     metrics = {
         "base_accuracy": 100 * base.result["metrics"]["test_accuracy"],
         "dataset": base.config.dataset,
@@ -118,8 +118,8 @@ def check(config: Config) -> None:
         raise ValueError(f"cut holds fractions removed, in [0, 1], got {bad}")
 
 
-def _plan(config: Config) -> FineTuning:
-    return FineTuning(config.epochs, config.batch_size, config.learning_rate)
+def _plan(config: Config, base: Base) -> FineTuning:
+    return FineTuning(config.epochs, config.batch_size, config.learning_rate, augment=base.config.augment)
 
 
 def _part(config: Config, base: Base, strength: float, run: Run) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _part(config: Config, base: Base, strength: float, run: Run) -> dict[str, An
             return optax.chain(l1_penalty(strength), adamw)
         return optax.chain(adamw, l1_proximal(strength, rate))
 
-    params = finetuning.finetune(run, base, base.params, _plan(config), seed=config.seed, wrap=penalised)
+    params = finetuning.finetune(run, base, base.params, _plan(config, base), seed=config.seed, wrap=penalised)
     sizes = _sizes(params)
     found = base.measure(params, base.test)
     magnitudes = scores.magnitude(params)
