@@ -80,7 +80,7 @@ PRESETS = {
     "cpu": Preset(
         _CPU,
         "all methods on the small ViT of `vit cpu`, with and without training; the first 4,000 test images",
-        "20 min on one CPU core (not run here)",
+        "25 min on one CPU core",
         "the preset training-free, and what training of predictors, scorers and ViT adds",
     ),
     "training-free": Preset(
