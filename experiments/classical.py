@@ -2,8 +2,7 @@
 
 import jax
 import numpy as np
-from skimage.metrics import structural_similarity
-from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_biharmonic
+import skimage  # loads its parts when they are first used; naming them here would slow every command's start
 
 # Denoisers: name -> candidates; each number is in units of the noise's standard deviation.
 DENOISERS = {
@@ -39,9 +38,16 @@ def denoise(images: np.ndarray, method: str, strength: float, sigma: float) -> n
       sigma: standard deviation of the noise.
     """
     if method == "total variation":
-        return np.stack([denoise_tv_chambolle(image, weight=strength * sigma, channel_axis=-1) for image in images])
+        return np.stack(
+            [
+                skimage.restoration.denoise_tv_chambolle(image, weight=strength * sigma, channel_axis=-1)
+                for image in images
+            ]
+        )
     filtered = [
-        denoise_nl_means(image, 5, 6, strength * sigma, sigma=sigma, fast_mode=True, channel_axis=-1)
+        skimage.restoration.denoise_nl_means(
+            image, 5, 6, strength * sigma, sigma=sigma, fast_mode=True, channel_axis=-1
+        )
         for image in images
     ]
     return np.stack(filtered).reshape(images.shape)  # of grey images it drops the axis of channels
@@ -50,10 +56,12 @@ def denoise(images: np.ndarray, method: str, strength: float, sigma: float) -> n
 def inpaint(images: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Fills images (N, H, W, C), float, where the mask `known` (N, H, W) is False, by the biharmonic equation."""
     pairs = zip(images, known, strict=True)
-    return np.stack([inpaint_biharmonic(np.where(k[..., None], x, 0), ~k, channel_axis=-1) for x, k in pairs])
+    return np.stack(
+        [skimage.restoration.inpaint_biharmonic(np.where(k[..., None], x, 0), ~k, channel_axis=-1) for x, k in pairs]
+    )
 
 
 def ssim(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Structural similarity of each image (Wang et al. 2004, 7x7 windows), images (N, H, W, C) on [0, 1] -> (N,)."""
     pairs = zip(prediction, target, strict=True)
-    return np.array([structural_similarity(p, t, data_range=1.0, channel_axis=-1) for p, t in pairs])
+    return np.array([skimage.metrics.structural_similarity(p, t, data_range=1.0, channel_axis=-1) for p, t in pairs])
