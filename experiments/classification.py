@@ -238,6 +238,11 @@ def measure(
     }
 
 
+def percent(measured: Mapping[str, float]) -> dict[str, float]:
+    """Accuracy and top-5 accuracy of what `measure` gives, in %."""
+    return {name: 100 * measured[name] for name in ("accuracy", "top5_accuracy")}
+
+
 def accuracy(*arguments: Any, **options: Any) -> float:
     """The accuracy of `measure`, a fraction."""
     return measure(*arguments, **options)["accuracy"]

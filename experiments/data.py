@@ -124,6 +124,13 @@ def load(name: str, split: str = "train", *, data_dir: Path | None = None) -> Sp
     return Split(whole.images[chosen], whole.labels[chosen])
 
 
+def load_splits(name: str, *, images: int | None = None, data_dir: Path | None = None) -> tuple[Split, Split, Split]:
+    """Loads the train, validation and test split, as `load` does, or the first `images` of each."""
+    found = [load(name, split, data_dir=data_dir) for split in ("train", "validation", "test")]
+    train, validation, test = (Split(split.images[:images], split.labels[:images]) for split in found)
+    return train, validation, test
+
+
 def photograph(name: str) -> np.ndarray:
     """Loads a photograph that ships inside scikit-image, without any download.
 

@@ -16,14 +16,13 @@ from experiments.training import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
-    """How to train on.
+    """How to train on; images are shifted and mirrored where the base was trained so.
 
     Attributes:
       epochs: over the train split, fractions allowed.
       batch_size: images a step.
       learning_rate: of AdamW at the start; falls to zero by a cosine.
       weight_decay: of the kernels.
-      augment: shift and mirror the images.
       distillation: share of the loss that is the distance to the dense model's answers, in [0, 1].
       temperature: of the distillation.
     """
@@ -32,7 +31,6 @@ class FineTuning:
     batch_size: int = 64
     learning_rate: float = 3e-4
     weight_decay: float = 0.05
-    augment: bool = True
     distillation: float = 0.0
     temperature: float = 2.0
 
@@ -115,7 +113,7 @@ def finetune_variables(
             network,
             optimizer,
             base.prepare,
-            augment=classification.crop_and_flip if plan.augment else None,
+            augment=classification.crop_and_flip if base.config.augment else None,
             teacher=teacher,
         ),
         State(params, variables.get("batch_stats", {}), optimizer.init(params), jnp.zeros([], jnp.int32)),

@@ -1,7 +1,6 @@
 """The DessiLBI studies: the same network trained by several optimizers, then cut along the path or by magnitude."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -13,11 +12,11 @@ import numpy as np
 from jax import Array
 
 from experiments import classification, cut, data, logs, optimizers, path_figures, training
-from experiments.files import write_atomically
 from experiments.models.lenet import LeNet
 from experiments.models.resnet import resnet50
 from experiments.models.vgg import vgg19, vgg_a
 from experiments.optimizers import Arm, is_path
+from experiments.parts import recorded
 from experiments.runs import Run
 from optim_jax import layer_sparsity, restrict_to_support, sparse_params, support_masks
 from prune_jax import apply_masks
@@ -104,7 +103,6 @@ class Setting:
 
     Attributes:
       config: of the run.
-      run: the run.
       model: the network.
       prepare: brings images to what it takes.
       train: split to train on, like
@@ -114,7 +112,6 @@ class Setting:
     """
 
     config: Config
-    run: Run
     model: nn.Module
     prepare: classification.Prepare
     train: data.Split
@@ -146,13 +143,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     Returns:
       For each arm the records of its seeds, as `_record` makes them.
     """
-    splits = [
-        data.load(config.dataset, name, data_dir=run.options.data_dir) for name in ("train", "validation", "test")
-    ]
-    train, validation, test = (data.Split(s.images[: config.images], s.labels[: config.images]) for s in splits)
+    train, validation, test = data.load_splits(config.dataset, images=config.images, data_dir=run.options.data_dir)
     setting = Setting(
         config,
-        run,
         MODELS[config.model](),
         classification.standardise(train.images),
         train,
@@ -162,7 +155,11 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     )
     image = setting.prepare(jnp.asarray(train.images[:1]))
     check(config, jax.eval_shape(setting.model.init, jax.random.key(0), image)["params"])
-    return {arm: [_one(setting, arm, config.seed + i) for i in range(config.seeds)] for arm in config.arms}
+    seeds = range(config.seed, config.seed + config.seeds)
+    return {
+        arm: [recorded(run, f"{arm}-{seed}", partial(_one, setting, arm, seed)) for seed in seeds]
+        for arm in config.arms
+    }
 
 
 def check(config: Config, params: Any) -> None:
@@ -188,15 +185,9 @@ def check(config: Config, params: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
-def _one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
-    """Trains one arm with one seed and returns its record, which is kept beside the checkpoints."""
+def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
+    """Trains one arm with one seed and returns its record."""
     config = setting.config
-    directory = setting.run.directory / f"{arm}-{seed}"
-    kept = directory / "record.json"
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
-    own = dataclasses.replace(setting.run, directory=directory, preset=f"{setting.run.preset} {arm} {seed}")
     steps = config.epochs * setting.steps_per_epoch
     adam = arm.endswith("adam")
     rate = config.adam_rate if adam else config.learning_rate
@@ -253,8 +244,7 @@ def _one(setting: Setting, arm: Arm, seed: int) -> dict[str, Any]:
     )
     record = {**_record(setting, arm, state, retraining, seed), **times, "steps": steps}
     if own.first_process:
-        path_figures.log_arrays(directory, steps, _arrays(setting, arm, state))
-        write_atomically(kept, json.dumps(record, indent=1) + "\n")
+        path_figures.log_arrays(own.directory, steps, _arrays(setting, arm, state))
     return record
 
 

@@ -105,7 +105,7 @@ def train(
 
     def step(state: State, batch: Batch, key: Array) -> tuple[State, dict[str, Array]]:
         augment_key, loss_key = jax.random.split(key)
-        images = classification.crop_and_flip(augment_key, batch["image"]) if plan.augment else batch["image"]
+        images = classification.crop_and_flip(augment_key, batch["image"]) if base.config.augment else batch["image"]
         inputs = base.prepare(images)
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, watched), gradients = gradient(state.params, inputs, batch["label"], loss_key)

@@ -109,7 +109,7 @@ def load_base(options: Options, name: str, mesh: Mesh) -> Base:
     """
     directory, result = runs.finished_run(options, "vit", name)
     config = runs.from_json(vit.Config, result["config"], directory)
-    train, validation, test = vit.load_splits(config, options.data_dir)
+    train, validation, test = data.load_splits(config.dataset, images=config.images, data_dir=options.data_dir)
     model, optimizer = vit.build(config, train), vit.make_optimizer(config, len(train.labels))
     prepare = vit.make_prepare(config, train)
 

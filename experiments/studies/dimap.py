@@ -13,6 +13,7 @@ import flax
 import jax.numpy as jnp
 
 from experiments import finetuning, plots, training
+from experiments.classification import percent
 from experiments.config import Preset
 from experiments.finetuning import FineTuning
 from experiments.parts import recorded
@@ -99,10 +100,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     base = load_base(run.options, config.base, training.data_mesh())
     if base.config.model != "swin":
         raise ValueError(f"base must be a Swin, got {config.base!r}, a {base.config.model}; such as `vit swin-cpu`")
-    finetuning.check(_plan(config, base), len(base.train.labels))
+    finetuning.check(_plan(config), len(base.train.labels))
     image = base.prepare(jnp.asarray(base.train.images[:1]))
     metrics = {
-        "base": _percent(base, base.params),
+        "base": percent(base.measure(base.params, base.test)),
         "base_parameters": count_parameters(base.params),
         "base_flops": flops(base.model.apply, {"params": base.params}, image),
         "dataset": base.config.dataset,
@@ -153,8 +154,8 @@ def masks_of(method: Method, params: PyTree, sparsity: float) -> PyTree:
     return found[method]()
 
 
-def _plan(config: Config, base: Base) -> FineTuning:
-    return FineTuning(config.epochs, config.batch_size, config.learning_rate, augment=base.config.augment)
+def _plan(config: Config) -> FineTuning:
+    return FineTuning(config.epochs, config.batch_size, config.learning_rate)
 
 
 def _part(config: Config, base: Base, method: Method, sparsity: float, image: Any, run: Run) -> dict[str, Any]:
@@ -162,20 +163,21 @@ def _part(config: Config, base: Base, method: Method, sparsity: float, image: An
     masks = masks_of(method, base.params, sparsity)
     params = apply_masks(base.params, masks)
     kernels = flax.traverse_util.flatten_dict(masks, sep="/")
+    sizes = _sizes(base.params)
     layers = {path: float(1 - mask.mean()) for path, mask in kernels.items() if mask is not None}
     record = {
         "method": method,
         "sparsity": sparsity,
         "parameters": count_parameters(base.params, masks),
         "flops": flops(base.model.apply, {"params": params}, image, masks={"params": masks}),
-        "modules": {name: 1 - kept / _sizes(params)[name] for name, kept in _sizes(params, masks).items()},
+        "modules": {name: 1 - kept / sizes[name] for name, kept in _sizes(params, masks).items()},
         "layers": layers,
-        "before": _percent(base, params),
+        "before": percent(base.measure(params, base.test)),
     }
     trained = finetuning.finetune(
-        run, base, params, _plan(config, base), seed=config.seed, wrap=lambda adamw, _: keep_masks(masks, adamw)
+        run, base, params, _plan(config), seed=config.seed, wrap=lambda adamw, _: keep_masks(masks, adamw)
     )
-    return record | {"after": _percent(base, trained)}
+    return record | {"after": percent(base.measure(trained, base.test))}
 
 
 def _sizes(params: PyTree, masks: PyTree | None = None) -> dict[str, int]:
@@ -188,11 +190,6 @@ def _sizes(params: PyTree, masks: PyTree | None = None) -> dict[str, int]:
         mask = kept.get(path)
         found[module] += leaf.size if mask is None else int(mask.sum())
     return found
-
-
-def _percent(base: Base, params: PyTree) -> dict[str, float]:
-    found = base.measure(params, base.test)
-    return {name: 100 * found[name] for name in ("accuracy", "top5_accuracy")}
 
 
 def _table(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import data, finetuning, plots, training
+from experiments import finetuning, plots, training
+from experiments.classification import percent
 from experiments.config import Preset
 from experiments.finetuning import FineTuning
 from experiments.parts import recorded
 from experiments.published import published_number
 from experiments.runs import Run
 from experiments.trained import Base, load_base
-from experiments.training import PyTree
 from prune_jax import apply_masks, count_parameters, keep_masks, layer_statistics, make_masks, scores
 
 SUMMARY = "Remove the smallest weights of a trained ViT, at any sparsity, and train what is left"
@@ -78,7 +78,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Prunes and trains; returns metrics, table, comparisons and figures for `result.json`."""
     check(config)
     base = load_base(run.options, config.base, training.data_mesh())
-    finetuning.check(_plan(config, base), len(base.train.labels))
+    finetuning.check(_plan(config), len(base.train.labels))
     parts = [recorded(run, f"sparsity-{s:g}", partial(_part, config, base, s)) for s in config.sparsities]
     metrics = {
         "base": {name: 100 * base.result["metrics"][f"test_{name}"] for name in ("accuracy", "top5_accuracy")},
@@ -106,8 +106,8 @@ def check(config: Config) -> None:
         raise ValueError(f"finetuned={missing} are not among sparsities={config.sparsities}")
 
 
-def _plan(config: Config, base: Base) -> FineTuning:
-    return FineTuning(config.epochs, config.batch_size, config.learning_rate, augment=base.config.augment)
+def _plan(config: Config) -> FineTuning:
+    return FineTuning(config.epochs, config.batch_size, config.learning_rate)
 
 
 def _part(config: Config, base: Base, sparsity: float, run: Run) -> dict[str, Any]:
@@ -118,19 +118,14 @@ def _part(config: Config, base: Base, sparsity: float, run: Run) -> dict[str, An
         "sparsity": sparsity,
         "parameters": count_parameters(base.params, masks),
         "layers": {name: layer.sparsity for name, layer in layer_statistics(masks).items()},
-        "before": _percent(base, params, base.test),
+        "before": percent(base.measure(params, base.test)),
     }
     if sparsity in config.finetuned:
         trained = finetuning.finetune(
-            run, base, params, _plan(config, base), seed=config.seed, wrap=lambda adamw, _: keep_masks(masks, adamw)
+            run, base, params, _plan(config), seed=config.seed, wrap=lambda adamw, _: keep_masks(masks, adamw)
         )
-        record["after"] = _percent(base, trained, base.test)
+        record["after"] = percent(base.measure(trained, base.test))
     return record
-
-
-def _percent(base: Base, params: PyTree, split: data.Split) -> dict[str, float]:
-    found = base.measure(params, split)
-    return {name: 100 * found[name] for name in ("accuracy", "top5_accuracy")}
 
 
 def _table(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from experiments import finetuning, plots, training
+from experiments.classification import percent
 from experiments.config import Preset
 from experiments.finetuning import FineTuning
 from experiments.parts import recorded
@@ -92,7 +93,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Trains with each strength; returns metrics, table, comparisons and figures for `result.json`."""
     check(config)
     base = load_base(run.options, config.base, training.data_mesh())
-    finetuning.check(_plan(config, base), len(base.train.labels))
+    finetuning.check(_plan(config), len(base.train.labels))
     metrics = {
         "base_accuracy": 100 * base.result["metrics"]["test_accuracy"],
         "dataset": base.config.dataset,
@@ -118,8 +119,8 @@ def check(config: Config) -> None:
         raise ValueError(f"cut holds fractions removed, in [0, 1], got {bad}")
 
 
-def _plan(config: Config, base: Base) -> FineTuning:
-    return FineTuning(config.epochs, config.batch_size, config.learning_rate, augment=base.config.augment)
+def _plan(config: Config) -> FineTuning:
+    return FineTuning(config.epochs, config.batch_size, config.learning_rate)
 
 
 def _part(config: Config, base: Base, strength: float, run: Run) -> dict[str, Any]:
@@ -130,9 +131,8 @@ def _part(config: Config, base: Base, strength: float, run: Run) -> dict[str, An
             return optax.chain(l1_penalty(strength), adamw)
         return optax.chain(adamw, l1_proximal(strength, rate))
 
-    params = finetuning.finetune(run, base, base.params, _plan(config, base), seed=config.seed, wrap=penalised)
+    params = finetuning.finetune(run, base, base.params, _plan(config), seed=config.seed, wrap=penalised)
     sizes = _sizes(params)
-    found = base.measure(params, base.test)
     magnitudes = scores.magnitude(params)
     cut = {
         f"{fraction:g}": 100
@@ -142,8 +142,7 @@ def _part(config: Config, base: Base, strength: float, run: Run) -> dict[str, An
     floor = 10.0 ** _EDGES[0]
     return {
         "strength": strength,
-        "accuracy": 100 * found["accuracy"],
-        "top5_accuracy": 100 * found["top5_accuracy"],
+        **percent(base.measure(params, base.test)),
         "zero": float(np.mean(sizes == 0)),
         "near_zero": float(np.mean(sizes < config.near_zero)),
         "l1_norm": float(sizes.sum(dtype=np.float64)),

@@ -116,10 +116,9 @@ def network(config: Config, classes: int) -> nn.Module:
 
 
 def _splits(config: Config, data_dir: Path | None) -> list[data.Split]:
-    splits = [data.load(config.dataset, name, data_dir=data_dir) for name in ("train", "validation", "test")]
-    found = [data.Split(s.images[: config.images], s.labels[: config.images]) for s in splits]
+    found = data.load_splits(config.dataset, images=config.images, data_dir=data_dir)
     if config.image_size is None:
-        return found
+        return list(found)
     return [data.Split(pictures.resize(s.images, config.image_size), s.labels) for s in found]
 
 

@@ -4,6 +4,7 @@ References: Fang et al. 2023, arXiv:2301.12900 (DepGraph); report A, sections 2.
 """
 
 import dataclasses
+import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -51,15 +52,17 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Cuts, recovers and trains; returns metrics, table, comparisons and figures for `result.json`."""
     check(config)
     base = _base(config, run)
-    finetuning.check(_plan(config, base, config.epochs), len(base.train.labels))
+    finetuning.check(_plan(config, config.epochs), len(base.train.labels))
     if not 1 <= config.calibration <= len(base.train.labels):
         raise ValueError(
             f"calibration must be from 1 to the {len(base.train.labels)} train images, got {config.calibration}"
         )
     dense = recorded(run, "dense", partial(_dense, config, base))
+    batches = structural.calibration(base, config.calibration)
+    subject_of = functools.cache(partial(_subject, config, run, base, batches))
     parts = []
     for arm in config.arms:
-        subject = _subject(config, run, base, arm)
+        subject = subject_of("taylor" if arm in TABLES else arm)
         for ratio in config.ratios if arm in TABLES else config.compared:
             record = recorded(run, f"{arm}-{ratio:g}", partial(_part, config, subject, arm, ratio))
             parts.append(record)
@@ -101,11 +104,8 @@ def _name(config: Config) -> str:
     return config.base if config.network == "trained" else config.network
 
 
-def _plan(config: Config, base: Base, epochs: float, *, distillation: float = 0.0) -> FineTuning:
-    """How to train on: with images shifted and mirrored where the base was trained so."""
-    return FineTuning(
-        epochs, config.batch_size, config.learning_rate, augment=base.config.augment, distillation=distillation
-    )
+def _plan(config: Config, epochs: float, *, distillation: float = 0.0) -> FineTuning:
+    return FineTuning(epochs, config.batch_size, config.learning_rate, distillation=distillation)
 
 
 def _base(config: Config, run: Run) -> Base:
@@ -113,37 +113,30 @@ def _base(config: Config, run: Run) -> Base:
     mesh = training.data_mesh()
     if config.network == "trained":
         return load_base(run.options, config.base, mesh)
-    train, validation, test = (
-        data.Split(split.images[: config.images], split.labels[: config.images])
-        for split in (
-            data.load(config.dataset, name, data_dir=run.options.data_dir) for name in ("train", "validation", "test")
-        )
-    )
+    splits = data.load_splits(config.dataset, images=config.images, data_dir=run.options.data_dir)
+    train = splits[0]
     model = structural.CNNS[config.network](classes=int(train.labels.max()) + 1)
     prepare = classification.standardise(train.images)
     variables = jax.jit(partial(model.init, train=False))(
         jax.random.key(config.seed), prepare(jnp.asarray(train.images[:1]))
     )
-    begun = Base(
-        model, variables["params"], prepare, train, validation, test, config, {}, mesh, variables["batch_stats"]
-    )
-    plan = dataclasses.replace(_plan(config, begun, config.base_epochs), learning_rate=config.base_rate)
+    begun = Base(model, variables["params"], prepare, *splits, config, {}, mesh, variables["batch_stats"])
+    plan = dataclasses.replace(_plan(config, config.base_epochs), learning_rate=config.base_rate)
     trained = finetune_variables(part(run, "base"), begun, variables, plan, seed=config.seed)
     return begun._replace(**trained)
 
 
-def _subject(config: Config, run: Run, base: Base, arm: Arm) -> Subject:
-    """The network that an arm cuts, with the scores by which it does."""
-    batches = structural.calibration(base, config.calibration)
-    if arm in ("global", "local"):
+def _subject(config: Config, run: Run, base: Base, batches: list[Any], kind: str) -> Subject:
+    """The network to cut, with scores by "taylor" or "magnitude", or "regularised" before those by magnitude."""
+    if kind == "taylor":
         return Subject(base, structural.taylor_scores(base, batches), "none", batches)
-    if arm == "regularised":
+    if kind == "regularised":
         regulariser = group_regulariser(structural.width_groups(base), config.sparse_strength)
         sparse = finetune_variables(
             part(run, "sparse"),
             base,
             base.variables,
-            _plan(config, base, config.sparse_epochs),
+            _plan(config, config.sparse_epochs),
             seed=config.seed,
             wrap=lambda adamw, _: optax.chain(regulariser, adamw),
         )
@@ -193,7 +186,7 @@ def _part(config: Config, subject: Subject, arm: Arm, ratio: float, run: Run) ->
             part(run, way),
             base,
             pruned.params if way == "cut" else recovered,
-            _plan(config, base, config.epochs, distillation=config.distillation if way == "distilled" else 0.0),
+            _plan(config, config.epochs, distillation=config.distillation if way == "distilled" else 0.0),
             seed=config.seed,
             model=model,
             validate=False,
@@ -230,8 +223,7 @@ def _latency(config: Config, base: Base, model: Any, variables: Any) -> dict[str
 
 
 def _percent(base: Base, model: Any, variables: Any) -> dict[str, float]:
-    found = base.measure_variables(variables, base.test, model=model)
-    return {name: 100 * found[name] for name in ("accuracy", "top5_accuracy")}
+    return classification.percent(base.measure_variables(variables, base.test, model=model))
 
 
 def _summary(record: dict[str, Any]) -> str:

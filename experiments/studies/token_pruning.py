@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import data, finetuning, token_figures, token_methods, token_training, training
+from experiments.classification import percent
 from experiments.finetuning import FineTuning
 from experiments.parts import part, recorded
 from experiments.runs import Run
@@ -43,7 +44,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Trains what each method learns and measures all; returns metrics, table, comparisons, figures."""
     check(config)
     base = load_base(run.options, config.base, training.data_mesh())
-    finetuning.check(_plan(config, config.epochs, config.learning_rate, base), len(base.train.labels))
+    finetuning.check(_plan(config, config.epochs, config.learning_rate), len(base.train.labels))
     study = _Study(config, base, run)
     rows = study.untrained() + study.trained()
     metrics = {
@@ -87,8 +88,8 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     token_figures.draw(directory, result)
 
 
-def _plan(config: Config, epochs: float, rate: float, base: Base) -> FineTuning:
-    return FineTuning(epochs, config.batch_size, rate, augment=base.config.augment)
+def _plan(config: Config, epochs: float, rate: float) -> FineTuning:
+    return FineTuning(epochs, config.batch_size, rate)
 
 
 class _Study:
@@ -125,7 +126,7 @@ class _Study:
             del own
             measured = self.base.measure(self.base.params, self.test)
             return {
-                **_percent(measured),
+                **percent(measured),
                 "flops": self._flops(self.model, self.base.params),
                 "images": len(self.test.labels),
             }
@@ -213,7 +214,7 @@ class _Study:
 
     def _measured(self, method: TokenMethod, params: PyTree) -> Row:
         return {
-            **_percent(self.base.measure(params, self.test, model=method)),
+            **percent(self.base.measure(params, self.test, model=method)),
             "flops": self._flops(method, params),
             "tokens": list(method.tokens),
         }
@@ -234,7 +235,7 @@ class _Study:
         config = self.config
         method = token_methods.predictors_of(self.model, config.predictor_keep)
         start = token_methods.begin(method, self.base, config.seed)
-        plan = _plan(config, config.learn_epochs, config.own_learning_rate, self.base)
+        plan = _plan(config, config.learn_epochs, config.own_learning_rate)
         loss = token_training.dynamic_loss(method, self.base)
         own = part(self.run, "predictors")
         return token_training.train(own, self.base, start, loss, plan, token_training.of_the_method, seed=config.seed)
@@ -243,7 +244,7 @@ class _Study:
         config = self.config
         method = token_methods.scorers_of(self.model)
         start = token_methods.begin(method, self.base, config.seed)
-        plan = _plan(config, config.learn_epochs, config.own_learning_rate, self.base)
+        plan = _plan(config, config.learn_epochs, config.own_learning_rate)
         loss = token_training.scorer_loss(method, cosine_threshold)
         own = part(self.run, f"scorers-{cosine_threshold:g}")
         return token_training.train(own, self.base, start, loss, plan, token_training.of_the_method, seed=config.seed)
@@ -251,7 +252,7 @@ class _Study:
     def _joint(self, keep: float, own: Run) -> PyTree:
         config = self.config
         method = token_methods.predictors_of(self.model, keep)
-        plan = _plan(config, config.joint_epochs, config.learning_rate, self.base)
+        plan = _plan(config, config.joint_epochs, config.learning_rate)
         loss = token_training.dynamic_loss(method, self.base)
         return token_training.train(
             own, self.base, self.predictors, loss, plan, token_training.everything, seed=config.seed
@@ -259,7 +260,7 @@ class _Study:
 
     def _finetune(self, series: Series, keep: float, trained: Callable[[str], bool], own: Run) -> PyTree:
         config, params = self.config, self.params(series)
-        plan = _plan(config, config.epochs, config.learning_rate, self.base)
+        plan = _plan(config, config.epochs, config.learning_rate)
         wrap = token_training.only(trained, params)
         method = self.build(series, keep)
         return finetuning.finetune(
@@ -289,7 +290,3 @@ class _Study:
     def _flops(self, method: nn.Module, params: PyTree) -> int:
         """Of one image."""
         return flops(method.apply, {"params": params}, self.inputs[:1])
-
-
-def _percent(measured: dict[str, float]) -> dict[str, float]:
-    return {name: 100 * measured[name] for name in ("accuracy", "top5_accuracy")}

@@ -29,7 +29,7 @@ SPLITS = ("train", "validation", "test")
 
 def run(config: Config, run: Run) -> dict[str, Any]:
     """Trains and tests; returns metrics, table, comparisons and figures for `result.json`."""
-    train, validation, test = load_splits(config, run.options.data_dir)
+    train, validation, test = data.load_splits(config.dataset, images=config.images, data_dir=run.options.data_dir)
     model = build(config, train)
     check(config, len(train.labels))
     optimizer, mesh = make_optimizer(config, len(train.labels)), training.data_mesh()
@@ -81,13 +81,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         **times,
     }
     return _content(config, metrics)
-
-
-def load_splits(config: Config, data_dir: Path | None) -> tuple[data.Split, data.Split, data.Split]:
-    """Train, validation and test split, as far as the config uses them."""
-    found = [data.load(config.dataset, name, data_dir=data_dir) for name in SPLITS]
-    train, validation, test = (data.Split(s.images[: config.images], s.labels[: config.images]) for s in found)
-    return train, validation, test
 
 
 def build(config: Config, train: data.Split) -> ViT | Swin:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import config, optimizers, trained, training
+from experiments import config, data, optimizers, trained, training
 from experiments.config import Options
 from experiments.runs import RunError
 from experiments.studies import l1_pruning, l1_regularization, vit
@@ -124,7 +124,7 @@ def test_a_published_checkpoint_is_the_start(tmp_path) -> None:
     from safetensors.numpy import save_file
 
     asked = dataclasses.replace(config.preset("vit", "tiny").config, size="Ti", patch=4, image_size=8)
-    train = vit.load_splits(asked, None)[0]
+    train = data.load_splits(asked.dataset, images=asked.images)[0]
     model, optimizer = vit.build(asked, train), vit.make_optimizer(asked, len(train.labels))
     shapes = jax.eval_shape(lambda: vit.initial_state(asked, model, optimizer, train)).params
     assert shapes["embedding"]["kernel"].shape == (16, 192)
