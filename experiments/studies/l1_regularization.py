@@ -59,13 +59,13 @@ PRESETS = {
     "cpu": Preset(
         Config(epochs=0.25),
         "the small ViT of `vit cpu`, report A's eight strengths, a quarter of an epoch each",
-        "20 min on one CPU core",
+        "20 min on one CPU core (not run here)",
         "strengths up to 5e-5 cost little; with 5e-4 far more can be cut",
     ),
     "cpu-proximal": Preset(
         Config(epochs=0.25, form="proximal", strengths=(0.0, 5e-3, 5e-2, 5e-1)),
         "the same by the proximal map, which leaves exact zeros",
-        "10 min on one CPU core",
+        "10 min on one CPU core (not run here)",
         "weights that are exactly zero, and their removal costs nothing",
     ),
     "gpu": Preset(
