@@ -33,6 +33,7 @@ def make(
     kappa: float,
     mu: float,
     dense: float,
+    filters: float,
     strength: float,
 ) -> optax.GradientTransformation:
     """The optimizer of an arm.
@@ -45,24 +46,26 @@ def make(
       weight_decay: decoupled, as in AdamW; of all arms.
       kappa: of DessiLBI.
       mu: of DessiLBI.
-      dense: threshold of single weights in dense layers, where that of a filter's norm is 1; of DessiLBI and the prox.
+      dense: threshold of single weights in dense layers; of DessiLBI and the prox.
+      filters: threshold of a filter's norm; of DessiLBI, where that of the prox is 1.
       strength: of the penalty in proximal SGD.
     """
     momentum_or_adam = optax.scale_by_adam() if arm.endswith("adam") else optax.trace(momentum)
     base = optax.chain(momentum_or_adam, optax.add_decayed_weights(weight_decay))
     if is_path(arm):
-        return dessilbi(base, rate, kappa, mu, penalty=penalty(dense))
+        return dessilbi(base, rate, kappa, mu, penalty=penalty(dense, filters))
     descent = optax.chain(base, optax.scale_by_learning_rate(rate))
     return descent if arm != "proximal" else proximal(descent, rate, strength, penalty(dense))
 
 
-def penalty(dense: float) -> PenaltyRule:
-    """Filters of convolutions as groups, weights of dense layers alone: the official choice for `dense` = 1.
+def penalty(dense: float, filters: float = 1.0) -> PenaltyRule:
+    """Filters of convolutions as groups, weights of dense layers alone: the official choice where both are 1.
 
     A single weight is some ten times smaller than the norm of a filter, and comes alive that much later: with the
-    official threshold it does not in a short training, and the coupling is mere weight decay for it.
+    official threshold it does not in a short training, and the coupling is mere weight decay for it. Filters need a
+    larger one where most of them are to be cut: those that the path has not reached are small, and are not missed.
     """
-    return PenaltyRule(lambda path, shape: {4: GroupLasso(), 2: L1(dense)}.get(len(shape)))
+    return PenaltyRule(lambda path, shape: {4: GroupLasso(strength=filters), 2: L1(dense)}.get(len(shape)))
 
 
 def proximal(

@@ -52,6 +52,7 @@ class Config:
       mu: of DessiLBI.
       adam_mu: of DessiLBI+Adam, whose rates are of another size.
       dense: see `optimizers.make`; 1 in the official code.
+      filters: see there; 1 in the official code.
       strength: of the penalty in proximal SGD.
       label_smoothing: share of the target spread over all classes.
       augment: shift and mirror the training images.
@@ -83,6 +84,7 @@ class Config:
     mu: float = 30.0
     adam_mu: float = 1.25
     dense: float = 0.1
+    filters: float = 1.0
     strength: float = 0.02
     label_smoothing: float = 0.0
     augment: bool = False
@@ -199,6 +201,7 @@ def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
         kappa=config.kappa,
         mu=config.adam_mu if adam else config.mu,
         dense=config.dense,
+        filters=config.filters,
         strength=config.strength,
     )
     augment = classification.crop_and_flip if config.augment else None

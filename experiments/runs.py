@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from experiments.config import ConfigT, Options, differences
 from experiments.config import study as study_module
 from experiments.files import naming, write_atomically
-from experiments.tables import SCHEMA, check_result
+from experiments.tables import SCHEMA, check_result, counted
 
 _FOLDER_NAME = r"[\w+-][\w.+-]*"
 _PROGRAM = ("python", "-m", "experiments")
@@ -312,7 +312,7 @@ def portable_command(arguments: Sequence[str]) -> str:
 def _cores() -> str:
     """Number of cores this process may run on, which a batch system, or taskset, makes fewer than there are."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{count} core{'s' if count > 1 else ''}"
+    return counted(count, "core")
 
 
 def _processor() -> str:

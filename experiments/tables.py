@@ -29,6 +29,11 @@ _NUMBER = re.compile(r"[+-]?\d[\d.]*(e[+-]?\d+)?( ± .*)?")  # a number written 
 Row = Sequence[Any]
 
 
+def counted(number: float, noun: str) -> str:
+    """A number of things in words: "1 epoch", "0.5 epochs", "2 epochs"."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
 def console_table(columns: Sequence[str], rows: Sequence[Row], title: str | None = None) -> rich.table.Table:
     """An aligned table to print with a rich console: numbers to the right, a dash for `None`.
 

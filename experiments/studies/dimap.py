@@ -19,6 +19,7 @@ from experiments.finetuning import FineTuning
 from experiments.parts import recorded
 from experiments.published import published_number
 from experiments.runs import Run
+from experiments.tables import counted
 from experiments.trained import Base, load_base
 from experiments.training import PyTree
 from prune_jax import apply_masks, count_parameters, flops, keep_masks, make_masks, scores
@@ -216,7 +217,9 @@ def _table(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
                 *(round(100 * part["modules"][name], 1) for name in MODULES),
             ]
         )
-    title = f"{config.base} on {metrics['dataset']}: weights removed, {config.epochs:g} epochs of training after"
+    title = (
+        f"{config.base} on {metrics['dataset']}: weights removed, {counted(config.epochs, 'epoch')} of training after"
+    )
     return {"title": title, "columns": columns, "rows": rows}
 
 
@@ -240,7 +243,7 @@ def _comparisons(config: Config, base: Base, metrics: dict[str, Any]) -> list[di
     return [
         {
             "quantity": f"change of {kind} accuracy by removing half of the weights, points",
-            "setting": f"{config.base}, CIFAR-10, {config.epochs:g} epochs of fine-tuning",
+            "setting": f"{config.base}, CIFAR-10, {counted(config.epochs, 'epoch')} of fine-tuning",
             "ours": part["after"][name] - metrics["base"][name],
             "report": "D",
             "table": kind,
@@ -272,7 +275,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         }
 
     plots.panels(
-        {"at once": lines("before"), f"after {config['epochs']:g} epochs of training": lines("after")},
+        {"at once": lines("before"), f"after {counted(config['epochs'], 'epoch')} of training": lines("after")},
         directory / "accuracy.png",
         title=f"{config['base']} on {metrics['dataset']}: weights of QKV, PRJ and MLP removed",
         x_label="removed, %",

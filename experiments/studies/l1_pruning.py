@@ -15,6 +15,7 @@ from experiments.finetuning import FineTuning
 from experiments.parts import recorded
 from experiments.published import published_number
 from experiments.runs import Run
+from experiments.tables import counted
 from experiments.trained import Base, load_base
 from prune_jax import apply_masks, count_parameters, keep_masks, layer_statistics, make_masks, scores
 
@@ -135,7 +136,7 @@ def _table(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
         after = part.get("after")
         trained = [round(after[name], 2) for name in ("accuracy", "top5_accuracy")] if after else ["", ""]
         rows.append([part["sparsity"], part["parameters"], round(part["before"]["accuracy"], 2), *trained])
-    title = f"{metrics['dataset']}: smallest weights removed ({config.scope}), {config.epochs:g} epochs after"
+    title = f"{metrics['dataset']}: smallest weights removed ({config.scope}), {counted(config.epochs, 'epoch')} after"
     return {"title": title, "columns": columns, "rows": rows}
 
 
@@ -147,7 +148,7 @@ def _comparisons(config: Config, base: Base, metrics: dict[str, Any]) -> list[di
     return [
         {
             "quantity": f"points lost at {part['sparsity']:.0%} sparsity",
-            "setting": f"{config.base}, {config.epochs:g} epochs of fine-tuning",
+            "setting": f"{config.base}, {counted(config.epochs, 'epoch')} of fine-tuning",
             "ours": dense - part["after"]["accuracy"],
             "report": "A",
             "table": 5,
@@ -169,7 +170,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     removed = [100 * part["sparsity"] for part in parts]
     series = {
         "at once": (removed, [part["before"]["accuracy"] for part in parts]),
-        f"after {config['epochs']:g} epochs": (
+        f"after {counted(config['epochs'], 'epoch')}": (
             [100 * part["sparsity"] for part in trained],
             [part["after"]["accuracy"] for part in trained],
         ),

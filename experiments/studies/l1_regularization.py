@@ -19,6 +19,7 @@ from experiments.finetuning import FineTuning
 from experiments.parts import recorded
 from experiments.published import published_number
 from experiments.runs import Run
+from experiments.tables import counted
 from experiments.trained import Base, load_base
 from experiments.training import PyTree
 from prune_jax import apply_masks, l1_penalty, l1_proximal, make_masks, scores
@@ -168,7 +169,7 @@ def _table(config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
         ]
         for part in metrics["parts"]
     ]
-    title = f"{metrics['dataset']}: {config.epochs:g} epochs with an L1 penalty ({config.form})"
+    title = f"{metrics['dataset']}: {counted(config.epochs, 'epoch')} with an L1 penalty ({config.form})"
     return {"title": title, "columns": columns, "rows": rows}
 
 
@@ -183,7 +184,7 @@ def _comparisons(config: Config, base: Base, metrics: dict[str, Any]) -> list[di
     return [
         {
             "quantity": f"points lost with an L1 penalty of {strength:g}",
-            "setting": f"{config.base}, {config.epochs:g} epochs",
+            "setting": f"{config.base}, {counted(config.epochs, 'epoch')}",
             "ours": parts[0.0]["accuracy"] - parts[strength]["accuracy"],
             "report": "A",
             "table": 4,

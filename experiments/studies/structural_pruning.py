@@ -22,6 +22,7 @@ from experiments.published import published_number
 from experiments.runs import Run
 from experiments.studies.structural_presets import PRESETS as PRESETS
 from experiments.studies.structural_presets import Arm, Config, Way
+from experiments.tables import counted
 from experiments.trained import Base, load_base
 from prune_jax import count_parameters, flops, latencies
 from prune_jax.graph import group_regulariser, prune, recover
@@ -247,9 +248,8 @@ def _table(config: Config, base: Base, metrics: dict[str, Any]) -> dict[str, Any
         for way, found in record["after"].items() or (("recovered", None),):
             trained = [round(found[name], 2) for name in ("accuracy", "top5_accuracy")] if found else [None, None]
             rows.append([record["arm"] + WAYS[way], *common, *trained])
-    title = (
-        f"{_name(config)} on {base.config.dataset}: % right on test, at once, recovered, after {config.epochs:g} epochs"
-    )
+    after = counted(config.epochs, "epoch")
+    title = f"{_name(config)} on {base.config.dataset}: % right on test, at once, recovered, after {after}"
     return {"title": title, "columns": columns, "rows": rows}
 
 
@@ -275,7 +275,7 @@ def _comparisons(config: Config, base: Base, metrics: dict[str, Any]) -> list[di
         found.append(
             {
                 "quantity": f"points lost, {record['ratio']:.0%} of the units removed",
-                "setting": f"{config.base}, {record['arm']}, {config.epochs:g} epochs of fine-tuning",
+                "setting": f"{config.base}, {record['arm']}, {counted(config.epochs, 'epoch')} of fine-tuning",
                 "ours": dense - record["after"]["recovered"]["accuracy"],
                 "report": "A",
                 "table": table,

@@ -119,7 +119,8 @@ def test_schedules(kind, expected) -> None:
 def test_arms_are_what_they_are_called() -> None:
     params = {"conv": jnp.ones((1, 1, 1, 2)), "bias": jnp.ones(2)}
     gradients = jax.tree.map(lambda w: 3 * w, params)
-    options = {"momentum": 0.0, "weight_decay": 0.0, "kappa": 1.0, "mu": 2.0, "dense": 1.0, "strength": 0.1}
+    options = {"momentum": 0.0, "weight_decay": 0.0, "kappa": 1.0, "mu": 2.0, "strength": 0.1}
+    options |= {"dense": 1.0, "filters": 1.0}
 
     def update(arm):
         optimizer = optimizers.make(arm, optax.constant_schedule(0.1), **options)

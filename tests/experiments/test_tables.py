@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from experiments.tables import check_result, console_table, markdown_table, write_report
+from experiments.tables import check_result, console_table, counted, markdown_table, write_report
 
 RESULT = {
     "schema": 1,
@@ -243,3 +243,13 @@ def test_console_table_is_aligned_and_takes_brackets_literally():
 def test_a_row_of_another_length_is_refused(make):
     with pytest.raises(ValueError, match=r"row \[1\] has 1 cells, expected 2: a, b"):
         make(["a", "b"], [[1, 2], [1]])
+
+
+def test_counted_things():
+    assert [counted(n, "epoch") for n in (0, 0.25, 1, 1.0, 2)] == [
+        "0 epochs",
+        "0.25 epochs",
+        "1 epoch",
+        "1 epoch",
+        "2 epochs",
+    ]
