@@ -103,6 +103,7 @@ def test_gradient_change_is_the_distance_between_successive_gradients() -> None:
         last = np.asarray(gradient)
 
 
+@pytest.mark.slow
 def test_the_probe_is_of_the_training_loss_and_leaves_the_state_alone() -> None:
     preset = dataclasses.replace(bn_probes.PRESETS["tiny"].config, step_sizes=(1e-3,))
     images = data.load("digits", "train")

@@ -97,6 +97,7 @@ def test_modules_add_up_and_training_keeps_the_zeros(folder: Path, monkeypatch: 
     assert run_preset(folder, "dimap")[1]["metrics"] == metrics
 
 
+@pytest.mark.slow
 def test_a_base_that_is_no_swin_is_refused(folder: Path) -> None:
     run_preset(folder, "vit", "tiny")
     with pytest.raises(ValueError, match="base must be a Swin, got 'tiny-0', a vit"):

@@ -124,6 +124,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
         folder.load(tmp_path, size=0, fit="crop")
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_folder_and_refuses_to_go_on_when_it_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

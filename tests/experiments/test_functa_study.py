@@ -62,7 +62,7 @@ def test_a_latent_is_a_number_or_a_grid_on_the_command_line(arguments: list[str]
         assert asked == dataclasses.replace(base, latent=latent)
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-grid"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny-grid", marks=pytest.mark.slow)])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return run_preset(tmp_path_factory.mktemp("runs"), "functa", request.param)
 
@@ -94,7 +94,7 @@ def test_logged_images_are_those_of_the_test_set(tiny: tuple[Path, dict]) -> Non
     assert logs.read_images(directory / "images.jsonl", "test_4x")[steps].shape == (8, 32, 32, 1)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-grid"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-grid", marks=pytest.mark.slow)])
 def test_fit_does_not_depend_on_the_padding(name: str) -> None:
     """A set that does not fill the last block gives each image the error that it has alone."""
     import jax

@@ -41,6 +41,7 @@ def test_preset_fits_together(name: str) -> None:
     assert trained.inner_steps in preset.steps or name == "tiny"
 
 
+@pytest.mark.slow
 def test_every_problem_has_its_row(folder: Path) -> None:
     result = run_preset(folder, "latent-tasks")[1]
     rows = {(row[0], row[1]): row for row in result["table"]["rows"]}
@@ -64,6 +65,7 @@ def test_every_problem_has_its_row(folder: Path) -> None:
     assert rows["fitting", "test images"][5] == pytest.approx(np.mean(-10 * np.log10(errors)), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_finished_parts_are_kept_and_others_done_again(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "runs")
     directory = tmp_path / "runs" / "latent-tasks" / "tiny-0"
@@ -78,6 +80,7 @@ def test_finished_parts_are_kept_and_others_done_again(folder: Path, tmp_path: P
     assert after["table"]["rows"][:2] == before["table"]["rows"][:2]
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_logs_alone(folder: Path) -> None:
     directory = folder / "latent-tasks" / "tiny-0"
     result = json.loads((directory / "result.json").read_text())
@@ -85,6 +88,7 @@ def test_figures_are_drawn_from_the_logs_alone(folder: Path) -> None:
     check_figures_come_from_the_logs(latent_tasks.draw, directory, result)
 
 
+@pytest.mark.slow
 def test_an_interpolation_starts_and_ends_at_its_images(folder: Path) -> None:
     log = folder / "latent-tasks" / "tiny-0" / "images.jsonl"
     test = data.load("digits", "test")

@@ -45,6 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return run_preset(tmp_path_factory.mktemp("runs"), "siren")
 
 
+@pytest.mark.slow
 def test_every_part_is_measured(tiny: tuple[Path, dict]) -> None:
     _, result = tiny
     rows = result["table"]["rows"]
@@ -57,12 +58,14 @@ def test_every_part_is_measured(tiny: tuple[Path, dict]) -> None:
     assert {"gradient_correlation", "laplacian_correlation", "siren_enlarged_psnr"} < result["metrics"].keys()
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     assert len(result["figures"]) == len(set(result["figures"])) == 5
     check_figures_come_from_the_logs(siren.draw, directory, result)
 
 
+@pytest.mark.slow
 def test_finished_parts_are_kept_and_the_result_is_the_same(tiny: tuple[Path, dict]) -> None:
     directory, result = tiny
     (directory / "result.json").unlink()

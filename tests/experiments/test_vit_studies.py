@@ -78,6 +78,7 @@ def test_the_average_is_that_of_all_parameters() -> None:
         optimizer.update(params, state)
 
 
+@pytest.mark.slow
 def test_pruning_by_size_keeps_its_masks_through_training(folder, base) -> None:
     del base
     directory, result = run_preset(folder, "l1-pruning")
@@ -94,6 +95,7 @@ def test_pruning_by_size_keeps_its_masks_through_training(folder, base) -> None:
     assert again["metrics"] == result["metrics"]
 
 
+@pytest.mark.slow
 def test_the_proximal_penalty_leaves_zeros(folder, base) -> None:
     del base
     directory, result = run_preset(folder, "l1-regularization")

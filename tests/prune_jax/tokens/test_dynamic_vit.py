@@ -61,7 +61,7 @@ def test_the_gradient_of_a_decision_is_that_of_the_softmax():
     np.testing.assert_allclose(jax.grad(lambda p: gumbel_keep(key, p, 0.5))(log_p), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_flow_through_decisions_to_every_predictor(merge):
     method = DynamicViT(MODEL, (1, 2), 0.5, merge=merge)
     variables = wrapped(method)

@@ -67,6 +67,7 @@ def test_gradients_reach_the_model(method):
     assert all(jnp.any(gradients[f"blocks_{i}"]["mlp"]["fc1"]["kernel"] != 0) for i in range(3))
 
 
+@pytest.mark.slow
 def test_mean_pooling_and_registers():
     """Pooled patches weigh as much as they stand for: merging equal tokens changes nothing."""
     model = MODEL.clone(pool="mean", registers=2)
@@ -82,6 +83,7 @@ def test_mean_pooling_and_registers():
         assert run(other, small, IMAGES).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_narrowed_vit_is_wrapped_like_any_other():
     pruned = prune(MODEL.apply, VARIABLES, IMAGES, ratio=0.5, scope="local")
     model = narrow(MODEL, pruned.plan)
@@ -113,6 +115,7 @@ def test_costs():
     assert token_costs(method, wrapped(method), batches=()).latency == {}
 
 
+@pytest.mark.slow
 def test_bfloat16():
     for method in SPARSE[1:5:2]:
         low = method.clone(model=MODEL.clone(compute_dtype=jnp.bfloat16))
