@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from experiments import classification, cut, data, logs, optimizers, path_figures, training
+from experiments.models.conv import for_steps
 from experiments.models.lenet import LeNet
 from experiments.models.resnet import resnet50
 from experiments.models.vgg import vgg19, vgg_a
@@ -43,6 +44,7 @@ class Config:
       arms: the optimizers.
       epochs: over the train split.
       batch_size: images a step.
+      steps_per_call: steps in one compiled call; None: an eighth of an epoch. One is best for large CNNs on a CPU.
       learning_rate: of SGD, DessiLBI and proximal SGD.
       adam_rate: of Adam and DessiLBI+Adam.
       schedule: of both; see `optimizers.schedule`.
@@ -75,6 +77,7 @@ class Config:
     arms: tuple[Arm, ...] = ("sgd", "proximal", "dessilbi", "adam", "dessilbi-adam")
     epochs: int = 8
     batch_size: int = 128
+    steps_per_call: int | None = None
     learning_rate: float = 0.05
     adam_rate: float = 2e-3
     schedule: Literal["linear", "step", "constant"] = "linear"
@@ -182,8 +185,9 @@ def check(config: Config, params: Any) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {values}")
     if config.total is not None:
         cut.fraction_of_all(params, config.prune[-1].split("+"), config.total)
-    for name in ("seeds", "epochs", "retrain_steps"):
-        if getattr(config, name) < 1:
+    for name in ("seeds", "epochs", "retrain_steps", "steps_per_call"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
@@ -216,11 +220,12 @@ def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
     def evaluate(state: classification.State, step: int, log: logs.Log) -> dict[str, float]:
         return {f"validation_{k}": v for k, v in setting.measure(state.variables, setting.validation).items()}
 
-    per_call = max(1, setting.steps_per_epoch // 8)
+    per_call = config.steps_per_call or max(1, setting.steps_per_epoch // 8)
+    every = max(1, setting.steps_per_epoch // per_call) * per_call
     state, times = training.fit(
         own,
         classification.train_step(
-            setting.model,
+            for_steps(setting.model, per_call),
             optimizer,
             setting.prepare,
             label_smoothing=config.label_smoothing,
@@ -231,7 +236,7 @@ def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
             setting.model, optimizer, setting.prepare(jnp.asarray(setting.train.images[:2])), jax.random.key(seed)
         ),
         {"image": setting.train.images, "label": setting.train.labels},
-        training.Plan(steps, config.batch_size, per_call, 8 * per_call, 8 * per_call),
+        training.Plan(steps, config.batch_size, per_call, every, every),
         seed=seed,
         mesh=setting.mesh,
         evaluate=evaluate,

@@ -17,6 +17,7 @@ import optax
 
 from experiments import classification, data, foresight, logs, optimizers, parts, pictures, plots, training
 from experiments.foresight import TITLES, Initial
+from experiments.models.conv import for_steps
 from experiments.models.resnet import ResNet
 from experiments.models.vgg import CONFIGURATIONS, VGG
 from experiments.runs import Run
@@ -95,9 +96,10 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be among sparsities={config.sparsities}, got {getattr(config, name)}")
     if not config.methods:
         raise ValueError("methods must name at least one criterion, got ()")
-    for name in ("rounds", "epochs", "score_images"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("rounds", "epochs", "score_images", "steps_per_call"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if not 1 <= config.ntk_images <= config.score_images:
         raise ValueError(f"ntk_images must be from 1 to score_images={config.score_images}, got {config.ntk_images}")
 
@@ -147,15 +149,19 @@ def _train(
         )
         return {f"validation_{name}": value for name, value in found.items()}
 
-    per_call = max(1, per_epoch // 4)
+    per_call = config.steps_per_call or max(1, per_epoch // 4)
+    every = max(1, per_epoch // per_call) * per_call
     return training.fit(
         own,
         classification.train_step(
-            initial.model, optimizer, prepare, augment=classification.crop_and_flip if config.augment else None
+            for_steps(initial.model, per_call),
+            optimizer,
+            prepare,
+            augment=classification.crop_and_flip if config.augment else None,
         ),
         classification.State(params, initial.batch_stats, optimizer.init(params), jnp.zeros([], jnp.int32)),
         {"image": train.images, "label": train.labels},
-        training.Plan(steps, config.batch_size, per_call, 4 * per_call, 4 * per_call),
+        training.Plan(steps, config.batch_size, per_call, every, every),
         seed=config.seed,
         mesh=mesh,
         evaluate=evaluate,

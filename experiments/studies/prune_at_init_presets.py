@@ -30,6 +30,7 @@ class Config:
       ntk_images: train images the tangent kernel is of.
       epochs: over the train split.
       batch_size: images a step.
+      steps_per_call: steps in one compiled call; None: a quarter of an epoch. One is best for large CNNs on a CPU.
       learning_rate: of SGD, the largest; it rises over a twentieth of the steps and falls linearly to zero.
       momentum: of SGD.
       weight_decay: of all parameters.
@@ -51,6 +52,7 @@ class Config:
     ntk_images: int = 24
     epochs: int = 160
     batch_size: int = 128
+    steps_per_call: int | None = None
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -65,6 +67,7 @@ _CPU = Config(
     score_images=64,
     epochs=1,
     batch_size=32,
+    steps_per_call=1,
     learning_rate=0.05,
 )
 
