@@ -225,7 +225,7 @@ def _compile(step_fn: StepFunction, plan: Plan, mesh: Mesh, examples: int) -> An
             return step_fn(state, batch, jax.random.fold_in(key, step))
 
         blocks = {name: block[:count] for name, block in blocks.items()}
-        return lax.scan(body, state, (first + jnp.arange(count, dtype=jnp.int32), blocks))
+        return _scan(body, state, (first + jnp.arange(count, dtype=jnp.int32), blocks), count)
 
     def from_device(state: PyTree, arrays: Batch, key: Array, first: Array, *, count: int) -> Any:
         order_key, step_key = jax.random.split(key)
@@ -243,7 +243,7 @@ def _compile(step_fn: StepFunction, plan: Plan, mesh: Mesh, examples: int) -> An
             return (state, order), metrics
 
         steps = first + jnp.arange(count, dtype=jnp.int32)
-        (state, _), metrics = lax.scan(body, (state, order_of(first // steps_per_epoch)), steps)
+        (state, _), metrics = _scan(body, (state, order_of(first // steps_per_epoch)), steps, count)
         return state, metrics
 
     everywhere = NamedSharding(mesh, P())
@@ -253,6 +253,14 @@ def _compile(step_fn: StepFunction, plan: Plan, mesh: Mesh, examples: int) -> An
         static_argnames="count",
         out_shardings=(everywhere, everywhere),
     )
+
+
+def _scan(body: Callable[[PyTree, Any], tuple[PyTree, PyTree]], carry: PyTree, xs: PyTree, count: int) -> Any:
+    """`lax.scan`, without a loop where there is one step: XLA's convolutions are slow in loops on a CPU."""
+    if count > 1:
+        return lax.scan(body, carry, xs)
+    carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
 
 
 def _feed(data: Mapping[str, np.ndarray], plan: Plan, seed: int, step: int, mesh: Mesh) -> Generator[Batch, None, None]:
