@@ -3,6 +3,7 @@
 from typing import Any
 
 from experiments.published import published_number
+from experiments.published import table as published_table
 from experiments.studies.token_presets import Config
 from experiments.token_methods import TITLES
 
@@ -59,13 +60,18 @@ def _lost(row: dict[str, Any], metrics: dict[str, Any]) -> float:
 
 
 def _beside_a(row: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any] | None:
-    if row["series"] != "dynamic" or row["trained"] not in ("classifier", "joint"):
+    settings = {
+        ("dynamic", "classifier"): "frozen predictors, classifier trained",
+        ("dynamic", "joint"): "trained jointly",
+        ("dynamic-merge", "none"): "frozen predictors, merging what they would drop, nothing else trained",
+    }
+    kind, sparsity = (row["series"], row["trained"]), round(1 - row["keep"], 3)
+    if kind not in settings or sparsity not in published_table("A", 8).column("sparsity"):
         return None
-    sparsity = round(1 - row["keep"], 3)
     dense = published_number("A", 8, row="base", column="accuracy, %")
     return {
         "quantity": f"points lost at sparsity {sparsity:g}",
-        "setting": {"classifier": "frozen predictors, classifier trained", "joint": "trained jointly"}[row["trained"]],
+        "setting": settings[kind],
         "ours": _lost(row, metrics),
         "report": "A",
         "table": 8,

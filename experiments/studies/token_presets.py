@@ -89,6 +89,19 @@ PRESETS = {
         "4 min on one CPU core",
         "68.0 % dense; merging loses at most 0.2 points down to keep rate 0.6, dropping 1.7 at 0.8 and 4.2 at 0.6",
     ),
+    "merging": Preset(
+        replace(
+            _CPU,
+            series=("cp-merge", "dynamic-merge"),
+            others_finetuned=(1.0, 0.8, 0.7, 0.6),
+            epochs=0.5,
+            learning_rate=5e-5,
+            timed=(),
+        ),
+        "what CP-ViT and DynamicViT would drop is merged; the ViT behind CP-ViT trained on, beside the dense one",
+        "10 min on one CPU core (not run yet)",
+        "CP-ViT: no point lost at keep rates 0.8 to 0.6, trained on or not",
+    ),
     "gpu": Preset(
         _GPU,
         "all methods on ViT-S/4 of `vit gpu`, all keep rates, all test images",
