@@ -93,7 +93,8 @@ def curves(
     for i, (name, (x, y)) in enumerate(series.items()):
         colour, style = _COLOURS[i % len(_COLOURS)], "-" if i < len(_COLOURS) else "--"
         marker = "o" if len(x) < 30 else None
-        label = f"{name}: {y[-1]:.2f}" if last else name
+        counts = all(float(value).is_integer() for value in y)
+        label = f"{name}: {y[-1]:{'.0f' if counts else '.2f'}}" if last else name
         axis.plot(x, y, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=3, label=label)
     if log_x:
         axis.set_xscale("log")
