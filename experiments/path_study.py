@@ -52,9 +52,11 @@ class Config:
       weight_decay: decoupled, of all arms.
       kappa: of DessiLBI.
       mu: of DessiLBI.
-      adam_mu: of DessiLBI+Adam, whose rates are of another size.
+      adam_mu: of DessiLBI+Adam, whose rates are of another size; so are its thresholds.
       dense: see `optimizers.make`; 1 in the official code.
       filters: see there; 1 in the official code.
+      adam_dense: of DessiLBI+Adam, like
+      adam_filters: see `optimizers.make`.
       strength: of the penalty in proximal SGD.
       label_smoothing: share of the target spread over all classes.
       augment: shift and mirror the training images.
@@ -88,6 +90,8 @@ class Config:
     adam_mu: float = 1.25
     dense: float = 0.1
     filters: float = 1.0
+    adam_dense: float = 0.1
+    adam_filters: float = 1.0
     strength: float = 0.02
     label_smoothing: float = 0.0
     augment: bool = False
@@ -204,8 +208,8 @@ def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
         weight_decay=config.weight_decay,
         kappa=config.kappa,
         mu=config.adam_mu if adam else config.mu,
-        dense=config.dense,
-        filters=config.filters,
+        dense=config.adam_dense if adam else config.dense,
+        filters=config.adam_filters if adam else config.filters,
         strength=config.strength,
     )
     augment = classification.crop_and_flip if config.augment else None

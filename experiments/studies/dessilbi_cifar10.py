@@ -47,6 +47,7 @@ _A = replace(
     cut_images=None,
     retrain_steps=390,
     dense=1.0,
+    adam_dense=1.0,
 )
 
 PRESETS = {
@@ -77,6 +78,7 @@ PRESETS = {
             mu=10.0,
             adam_mu=10.0,
             dense=1.0,
+            adam_dense=1.0,
             cut_images=None,
             augment=False,
             label_smoothing=0.0,
