@@ -46,6 +46,7 @@ def execute(study_name: str, preset_name: str, asked: Any, options: Options, arg
         runs.check_config(directory, asked)
         result = runs.read_result(directory)
         if result is None:
+            runs.note_session(directory, started)
             content = study.run(asked, run)
             result = runs.write_result(run, asked, started, content)
         else:

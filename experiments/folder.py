@@ -1,6 +1,7 @@
 """A folder of a person's own pictures as a data set: of any size and format, all brought to one shape."""
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ Fit = Literal["crop", "resize"]
 
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B")
 # What Pillow raises for files that are no image, or a damaged one.
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 class NoPicturesError(FileNotFoundError):

@@ -1,6 +1,6 @@
 """Figures of the DessiLBI studies, from the logs and records of a run's arms and seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,13 @@ import numpy as np
 from experiments import logs, plots
 from experiments.optimizers import TITLES, is_path
 
-FIGURES = ["convergence.png", "pruning.png", "path.png", "kernels.png", "features.png"]
 _LAYERS_SHOWN = 8
+
+
+def figures(arms: Iterable[str]) -> list[str]:
+    """The names of a run's figures; the path's only where an arm has one."""
+    path = ["path.png"] if any(map(is_path, arms)) else []
+    return ["convergence.png", "pruning.png", *path, "kernels.png", "features.png"]
 
 
 def log_arrays(directory: Path, step: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -68,17 +73,17 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         y_limits=(_floor(records), 100.2),
     )
     _draw_pruning(directory / "pruning.png", result, f"{title}: test accuracy after cutting layers{spread}")
-    paths = [arm for arm in arms if is_path(arm)]
-    names = [name for name in records[paths[0]][0][0] if name.startswith("zero ")]
-    shown = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(_LAYERS_SHOWN, len(names)))]
-    plots.panels(
-        {TITLES[arm]: {name.removeprefix("zero "): over_seeds(arm, name) for name in shown} for arm in paths},
-        directory / "path.png",
-        title=f"{title}: the path{spread}",
-        x_label="steps",
-        y_label="part of Gamma that is zero, %",
-        y_limits=(-3, 103),
-    )
+    if paths := [arm for arm in arms if is_path(arm)]:
+        names = [name for name in records[paths[0]][0][0] if name.startswith("zero ")]
+        shown = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(_LAYERS_SHOWN, len(names)))]
+        plots.panels(
+            {TITLES[arm]: {name.removeprefix("zero "): over_seeds(arm, name) for name in shown} for arm in paths},
+            directory / "path.png",
+            title=f"{title}: the path{spread}",
+            x_label="steps",
+            y_label="part of Gamma that is zero, %",
+            y_limits=(-3, 103),
+        )
     _draw_pictures(directory, config, list(arms), title)
 
 

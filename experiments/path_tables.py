@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.optimizers import TITLES
-from experiments.path_figures import FIGURES
+from experiments.path_figures import figures
 from experiments.published import published, table
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -25,7 +25,7 @@ def content(config: Any, arms: Records, comparisons: list[dict[str, Any]]) -> di
         "metrics": {**metrics, "train_seconds": seconds, "arms": arms},
         "table": _table(config, arms),
         "comparisons": comparisons,
-        "figures": FIGURES,
+        "figures": figures(arms),
     }
 
 
@@ -139,8 +139,15 @@ def value_of(record: Any, *keys: Any) -> float | None:
 
 
 def mean(records: Sequence[Mapping[str, Any]], *keys: Any) -> float:
-    """Mean over the seeds."""
-    return statistics.fmean(value_of(record, *keys) or 0.0 for record in records)
+    """Mean over the seeds.
+
+    Raises:
+      KeyError: a seed has no such number.
+    """
+    values = [value for record in records if (value := value_of(record, *keys)) is not None]
+    if len(values) < len(records):
+        raise KeyError(f"no {'/'.join(map(str, keys))} in the records")
+    return statistics.fmean(values)
 
 
 def _summary(values: Sequence[float | None]) -> str | float | None:

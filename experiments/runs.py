@@ -11,10 +11,11 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -124,30 +125,41 @@ def _locked(directory: Path) -> Iterator[None]:
 def check_config(directory: Path, config: Any) -> None:
     """Compares the config with that of the run in the folder, if there is one; else writes it there.
 
-    A run that got to no checkpoint, as one whose config was wrong, does not count.
+    A run of which nothing is kept, as one whose config was wrong, does not count. A field that was added to the config
+    since the run was begun counts as having had its default.
 
     Raises:
       RunError: the folder belongs to a run with another config; shows the differing fields. Or its file is damaged.
     """
-    check_unchanged(directory / "config.json", as_json(config), other="another config")
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    known = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+    plain = json.loads(json.dumps(known, default=str))
+    check_unchanged(directory / "config.json", as_json(config), other="another config", defaults=plain)
 
 
-def check_unchanged(path: Path, asked: dict[str, Any], *, other: str) -> None:
+def begun(directory: Path) -> bool:
+    """Whether a run's folder keeps anything of it: a checkpoint, a finished part or the result."""
+    saved = any(path.name.isdigit() for path in directory.glob("**/checkpoints/*"))
+    return saved or any(any(directory.glob(f"**/{name}.json")) for name in ("record", "row", "result"))
+
+
+def check_unchanged(
+    path: Path, asked: dict[str, Any], *, other: str, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """As `check_config`, for anything else that decides the result.
 
     Args:
       path: a JSON file in the run's folder, where it is kept.
       asked: what it is now.
       other: how the message names another one.
+      defaults: of what the file may lack.
 
     Raises:
       RunError: the run had another one; shows the differing fields. Or its file is damaged.
     """
     directory = path.parent
-    saved = any(path.name.isdigit() for path in directory.glob("**/checkpoints/*"))
-    begun = saved or (directory / "result.json").exists()
-    if begun and path.exists():
-        lines = differences(asked, _read_json(path, hint="delete it to write it anew"))
+    if begun(directory) and path.exists():
+        lines = differences(asked, {**defaults, **_read_json(path, hint="delete it to write it anew")})
         if lines:
             raise RunError(
                 f"{directory} holds a run with {other}:\n  " + "\n  ".join(lines) + "\n"
@@ -216,13 +228,29 @@ def _command_of(study: str, name: str, options: Options) -> str:
     return shlex.join([*_PROGRAM, "run", study, *arguments])
 
 
+def note_session(directory: Path, started: datetime) -> None:
+    """Notes that this command begins the run, or goes on with what an earlier one has left in its folder."""
+    if jax.process_index() == 0:
+        path = directory / "sessions.json"
+        earlier = _read_json(path, hint="delete it")["sessions"] if path.exists() and begun(directory) else []
+        now = {"started": started.isoformat(timespec="seconds"), "git_commit": git_commit()[0]}
+        write_atomically(path, json.dumps({"sessions": [*earlier, now]}, indent=1) + "\n")
+
+
+def _earlier_sessions(directory: Path) -> dict[str, Any]:
+    """For the provenance of a run that was interrupted: how many sessions it took, and when the first began."""
+    path = directory / "sessions.json"
+    sessions = _read_json(path, hint="delete it")["sessions"] if path.exists() else []
+    return {"sessions": len(sessions), "first_session": sessions[0]} if len(sessions) > 1 else {}
+
+
 def write_result(run: Run, config: Any, started: datetime, content: dict[str, Any]) -> dict[str, Any]:
     """Writes `result.json`: the study's numbers with their provenance.
 
     Args:
       run: the run.
       config: its config.
-      started: when this command was started.
+      started: when this command was started; the seconds are its own, and it is said if others went before it.
       content: metrics, table, comparisons, figures; `metrics["train_seconds"]`, if there, counts earlier sessions too.
 
     Returns:
@@ -237,7 +265,7 @@ def write_result(run: Run, config: Any, started: datetime, content: dict[str, An
         "command": portable_command(run.arguments),
         "config": as_json(config),
         **content,
-        "provenance": provenance(started, seconds),
+        "provenance": provenance(started, seconds) | _earlier_sessions(run.directory),
     }
     check_result(result, str(run.directory))
     if run.first_process:

@@ -218,6 +218,10 @@ def _runs(groups: dict[str, list[dict]]) -> Iterator[str]:
         commit = f"commit {origin['git_commit']}" if origin["git_commit"] else "no git commit"
         dirty = " with uncommitted changes" if origin["git_dirty"] else ""
         seconds = f"{origin['seconds']:.1f} s"
+        if origin.get("sessions", 1) > 1:
+            begin = origin["first_session"]
+            seconds += f" in the last of {origin['sessions']} sessions, the first of {begin['started']}, "
+            seconds += f"commit {begin['git_commit']}"
         facts = [f"{label}, seed {run['seed']}", origin["device"], seconds, versions, commit + dirty, origin["started"]]
         lines.append(f"- `{run['command']}`: {'; '.join(facts)}")
     yield "### Runs"

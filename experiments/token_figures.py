@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from experiments import logs, pictures, plots
 from experiments.runs import Run
 from experiments.studies.token_presets import Config
-from experiments.token_methods import TITLES, Profile, stages, vit_of
+from experiments.token_methods import TITLES, Profile, speed_up, stages, vit_of
 from experiments.trained import Base
 from experiments.training import PyTree
 from prune_jax.tokens import DynamicViT, TokenMethod
@@ -169,7 +169,7 @@ def _draw_latency(directory: Path, metrics: dict[str, Any], on: str) -> None:
             rows = [row for row in timed if row["series"] == series]
             if rows:
                 times = [row["latency"][batch] for row in rows]
-                shares = [100 * t["seconds"] / t["dense_seconds"] for t in times]
+                shares = [100 / speed_up(t) for t in times]
                 lines[TITLES[series]] = _line([*rows, metrics["dense"]], [*shares, 100.0])
         panels[f"batch {batch}"] = lines
     plots.panels(
@@ -182,8 +182,9 @@ def _draw_latency(directory: Path, metrics: dict[str, Any], on: str) -> None:
 
 
 def _draw_tokens(directory: Path, metrics: dict[str, Any], on: str) -> None:
-    rates = sorted({row["keep"] for row in metrics["rows"]}, key=lambda keep: abs(keep - 0.5))
-    rows = [row for row in metrics["rows"] if row["keep"] == rates[0] and row["trained"] == "none"]
+    untrained = [row for row in metrics["rows"] if row["trained"] == "none"]
+    rates = sorted({row["keep"] for row in untrained}, key=lambda keep: abs(keep - 0.5))
+    rows = [row for row in untrained if row["keep"] == rates[0]]
     series = {TITLES[row["series"]]: (range(1, len(row["tokens"]) + 1), row["tokens"]) for row in rows}
     plots.curves(
         series,

@@ -5,7 +5,7 @@ from typing import Any
 from experiments.published import published_number
 from experiments.published import table as published_table
 from experiments.studies.token_presets import Config
-from experiments.token_methods import TITLES
+from experiments.token_methods import TITLES, speed_up
 
 TRAINED = {"none": "", "classifier": "classifier", "joint": "all, jointly", "ViT": "ViT"}
 
@@ -25,7 +25,7 @@ def table(base: str, metrics: dict[str, Any]) -> dict[str, Any]:
                 row["keep"],
                 TRAINED[row["trained"]],
                 *_numbers(row, dense),
-                *[round(t["dense_seconds"] / t["seconds"], 2) if t else "" for t in times],
+                *[round(speed_up(t), 2) if t else "" for t in times],
             ]
         )
     for row in metrics["thresholds"]:

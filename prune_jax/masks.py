@@ -62,8 +62,11 @@ def make_masks(
         {'bias': None, 'w': Array([ True, False, False,  True], dtype=bool)}
     """
     sparsity = check_sparsity(sparsity)
-    _check_scores(scores, exclude)
     groups = group_leaves(scores, scope, exclude)
+    if callable(scope):  # what it leaves alone is not looked at either
+        excluded, module = path_filter(exclude), scope
+        exclude = lambda path: excluded(path) or module(path) is None  # noqa: E731
+    _check_scores(scores, exclude)
     if block is None:
         return masks_from_counts(scores, groups, cut_counts(scores, groups, sparsity))
     blocks = _map_named(lambda name, leaf: _block_sums(name, leaf, block), scores, exclude)

@@ -18,7 +18,7 @@ from jax import Array
 import functa_jax as fj
 from experiments import classification, data, logs, plots, runs, training
 from experiments.checkpoints import Checkpoints
-from experiments.published import published
+from experiments.published import published, table
 from experiments.runs import Run
 from experiments.studies.classify_presets import PRESETS as PRESETS
 from experiments.studies.classify_presets import Config
@@ -115,6 +115,13 @@ def _check(config: Config, per_epoch: int) -> None:
         raise ValueError(
             f"curve_every={config.curve_every} is not a multiple of evaluate_every={config.evaluate_every} epochs"
         )
+    if config.curve_every is not None and config.table_b is not None:
+        epochs = [row[0] for row in table("B", config.table_b).rows]
+        if lacking := [e for e in range(config.curve_every, config.epochs + 1, config.curve_every) if e not in epochs]:
+            raise ValueError(
+                f"curve_every={config.curve_every} and epochs={config.epochs} measure at epochs {lacking}, which table "
+                f"{config.table_b} of report B does not have; it has {epochs}"
+            )
 
 
 def _latents(

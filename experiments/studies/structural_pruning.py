@@ -97,6 +97,11 @@ def check(config: Config) -> None:
         raise ValueError("arms must name at least one of global, local, magnitude and regularised")
     if not config.sparse_strength >= 0:
         raise ValueError(f"sparse_strength must be at least 0, got {config.sparse_strength}")
+    if not 0 <= config.distillation <= 1:
+        raise ValueError(f"distillation is a share of the loss, in [0, 1], got {config.distillation}")
+    for name in ("sparse_epochs", "epochs", "base_epochs"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
     if not config.ridge > 0:
         raise ValueError(f"ridge must be above 0, got {config.ridge}")
 

@@ -78,6 +78,9 @@ def check(config: Config) -> None:
         raise ValueError(f"cosine_thresholds must be between 0 and 1, got {bad}")
     if not config.cosine_thresholds or not config.keep_rates or not config.series:
         raise ValueError("cosine_thresholds, keep_rates and series need at least one entry each")
+    lowest = min((*config.keep_rates, *config.finetuned, *config.others_finetuned))
+    if {"cp", "cp-merge"} & set(config.series) and lowest < 0.05:
+        raise ValueError(f"CP-ViT keeps at least 0.05 of the patches, got a keep rate of {lowest}")
     for name in ("calibration_images", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -223,7 +226,12 @@ class _Study:
         config = self.config
         costs = token_costs(method, {"params": params}, batches=config.batches, repeats=config.repeats)
         return {
-            str(batch): {"seconds": times.median, "dense_seconds": costs.dense_latency[batch].median}
+            str(batch): {
+                "seconds": times.median,
+                "dense_seconds": costs.dense_latency[batch].median,
+                # Both take turns, so that what slows the machine slows both: the ratio is taken within each turn.
+                "speed_up": float(np.median(np.divide(costs.dense_latency[batch].seconds, times.seconds))),
+            }
             for batch, times in costs.latency.items()
         }
 

@@ -18,8 +18,10 @@ equations, ``consumers`` finds the layers in it, ``products`` writes each as a r
 
 What changes besides sizes: a sum over a cut axis divided by the axis' length (a mean, as in layer norm) divides by the
 new length, as in a network built small from the start. Every other number in the program stays, the attention scale
-among them. Zeroing and cutting therefore agree exactly where nothing is normalised over a cut axis. Constants that are
-not uniform (masks, position tables, captured arrays) keep their original values at the surviving positions.
+among them. Zeroing and cutting therefore agree exactly where nothing is normalised over a cut axis, and where what is
+summed over it is zero at a dead unit: a sum of sigmoids, or of copies made by broadcasting, has fewer terms, as in a
+network built small. Constants that are not uniform (masks, position tables, captured arrays) keep their original values
+at the surviving positions.
 """
 
 from prune_jax.graph.errors import UnknownPrimitiveError

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.graph.groups import Groups
+from prune_jax.graph.program import keys
 
 Aggregate = Literal["sum", "mean", "max"]
 Normalise = Literal["mean", "top", "none"]
@@ -31,8 +32,9 @@ def unit_scores(
     """Score every unit of every group by its members.
 
     A member's score is the sum of its elements' scores. With Imp_{G,k} the aggregate over the members of unit k,
-    normalised within its group G as ``"mean"``: K Imp_{G,k} / sum_k Imp_{G,k}, or as ``"top"``, equation 12 of the
-    group-regularised sparse training of DepGraph: N Imp_{G,k} / sum {TopN(Imp_G)}.
+    normalised within its group G as ``"mean"``: K Imp_{G,k} / sum_k |Imp_{G,k}|, or as ``"top"``, equation 12 of the
+    group-regularised sparse training of DepGraph: N Imp_{G,k} / sum |TopN(Imp_G)|. The absolute values, which the
+    papers' scores are anyway, keep the order of scores of both signs (GraSP, movement).
 
     Args:
         groups: From ``dependency_groups``.
@@ -63,12 +65,15 @@ def unit_scores(
     if normalise not in ("mean", "top", "none"):
         raise ValueError(f"normalise must be 'mean', 'top' or 'none', got {normalise!r}")
     program = groups.program
-    flat = jax.tree.leaves(scores, is_leaf=lambda x: x is None)
-    if len(flat) != len(program.leaves):
+    named = jax.tree_util.tree_flatten_with_path(scores, is_leaf=lambda x: x is None)[0]
+    theirs, ours = {keys(path) for path, _ in named}, {leaf.path for leaf in program.leaves}
+    if theirs != ours:
+        differing = sorted("/".join(path) for path in theirs ^ ours)
         raise ValueError(
-            f"scores must have {len(program.leaves)} leaves like the parameters (None where not scored), "
-            f"got {len(flat)}"
+            f"scores must have the {len(ours)} leaves of the parameters (None where not scored), got {len(theirs)}; "
+            f"these are in one of them only: {differing[:5]}"
         )
+    flat = [score for _, score in named]
     total = np.zeros(program.walk.elements.size)
     scored = np.zeros(program.walk.elements.size, bool)
     for leaf, score in zip(program.leaves, flat, strict=True):
@@ -119,5 +124,5 @@ def _normalised(raw: np.ndarray, normalise: Normalise, top: float) -> np.ndarray
     if normalise == "none":
         return raw
     largest = np.sort(raw)[::-1][: max(1, round(top * len(raw)))] if normalise == "top" else raw
-    scale = largest.sum()
+    scale = np.abs(largest).sum()
     return raw * len(largest) / scale if scale != 0 else raw

@@ -52,6 +52,14 @@ def check_plan(plan: Any) -> None:
         raise ValueError(f"plan must be a dict with format {FORMAT!r}, as prune(...).plan is")
     if plan.get("version") != VERSION:
         raise ValueError(f"plan has version {plan.get('version')!r}; this library reads version {VERSION}")
+    for entry in plan["leaves"]:
+        for keep in entry["keep"]:
+            axis, positions = keep["axis"], np.asarray(keep["positions"])
+            fits = 0 <= axis < len(entry["shape"]) and positions.ndim == len(keep["rows"]) + 1 and positions.size > 0
+            rising = fits and positions.dtype.kind == "i" and bool(np.all(np.diff(positions, axis=-1) > 0))
+            if not rising or positions.min() < 0 or positions.max() >= entry["shape"][axis]:
+                where = f"leaf {'/'.join(entry['path'])!r} of shape {tuple(entry['shape'])}"
+                raise ValueError(f"plan is damaged: {where} must list rising positions along axis {axis}")
 
 
 def deaths(program: Program, plan: dict) -> np.ndarray:

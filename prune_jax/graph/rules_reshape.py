@@ -20,7 +20,7 @@ def reshape(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], R
     """Axes are merged and split segment by segment of equal size."""
     source, out_shape = ins[0], shape_of(eqn.outvars[0])
     if eqn.params.get("dimensions") is not None:
-        raise UnknownPrimitiveError("reshape with dimensions=... has no rule; transpose first")
+        raise UnknownPrimitiveError(f"reshape with dimensions=... at {walk.line()} has no rule; transpose first")
     labels = list(source.labels)
     shape = source.shape
     segments = _segments(shape, out_shape)

@@ -76,8 +76,14 @@ def divide(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
     if total.summed is None or divisor.shape not in ((), total.shape):
         return outs, run
     labels, shape, axes = total.summed
+    if not any(labels[a] is not None for a in axes):
+        return outs, run
     number = divisor.known()
-    if number is None or number.size == 0 or not any(labels[a] is not None for a in axes):
+    if number is None and divisor.const is not None:  # a symbolic size may be in it: nobody knows what it counts
+        labels = list(labels)
+        for a in axes:
+            settle(walk.elements, labels, a)
+    if number is None or number.size == 0:
         return outs, run
     n = math.prod(shape[a] for a in axes)
     expected = n if eqn.primitive.name == "div" else 1 / n

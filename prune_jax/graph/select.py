@@ -47,6 +47,9 @@ def select(
 
     Returns:
         The classes that die, as a boolean array.
+
+    Raises:
+        ValueError: That much cannot be removed (of a budget the caller finds out).
     """
     number = groups.program.classes.count
 
@@ -59,7 +62,13 @@ def select(
 
     if isinstance(ratio, dict) or size is None:
         return dead(ratio)
-    target = (1 - ratio) * size(np.zeros(number, bool))
+    whole = size(np.zeros(number, bool))
+    target = (1 - ratio) * whole
+    if not budget and (reachable := size(dead(1.0))) > (1 + tolerance) * target:
+        raise ValueError(
+            f"ratio {ratio:g} of the size cannot be removed: {1 - reachable / whole:.3g} at most, with what is pinned, "
+            f"kinds={tuple(kinds)}, minimum={minimum} and round_to={round_to}"
+        )
     low, high = 0.0, 1.0
     best, least = dead(low), (True, np.inf)
     for _ in range(BISECTIONS):
@@ -158,10 +167,15 @@ def _lowest(
 
 
 def _rounded(size: int, lost: int, round_to: int, minimum: int) -> int:
-    kept = size - lost
-    if round_to > 1 and size >= round_to:
-        kept = max(round_to, round(kept / round_to) * round_to)
-    return size - min(size, max(kept, minimum))
+    """The nearest loss that leaves a multiple of ``round_to`` and no fewer than ``minimum``; no loss stays none."""
+    if lost == 0:
+        return 0
+    kept = max(size - lost, minimum)
+    if round_to > 1:
+        kept = round_to * max(1, round(kept / round_to), math.ceil(minimum / round_to))
+        if kept > size:
+            kept = size // round_to * round_to
+    return size - kept if minimum <= kept <= size and kept > 0 else 0
 
 
 def check_ratios(ratio: Any, of: Measure) -> None:

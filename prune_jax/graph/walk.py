@@ -55,7 +55,8 @@ class Const:
         """Compute the value from those of its arguments; False where that cannot be done."""
         assert self.eqn is not None
         shape = shape_of(self.eqn.outvars[0])
-        known = all(is_number(n) for n in shape) and np.prod(shape) <= ELEMENTS_WORTH_KNOWING
+        symbolic = self.eqn.primitive.name == "dim_as_value"
+        known = not symbolic and all(is_number(n) for n in shape) and np.prod(shape) <= ELEMENTS_WORTH_KNOWING
         if not known or len(self.eqn.outvars) > 1 or any(isinstance(a.value, jax.core.Tracer) for a in self.args):
             return False
         with jax.ensure_compile_time_eval():
@@ -235,10 +236,10 @@ class Walk:
         """A primitive without a rule may only see what never changes."""
         for v in values:
             moving = [x for x in v.labels if isinstance(x, np.ndarray)]
-            if v.const:
+            if v.const or not moving:
                 for d in range(len(v.labels)):
                     settle(self.elements, v.labels, d)
-            elif moving:
+            else:
                 raise UnknownPrimitiveError(
                     f"no rule for primitive {eqn.primitive.name!r} at {self.line()}; "
                     f"it is reached by {self.parameter_of(moving[0])}. Pin that parameter (pin=...) or add a rule."

@@ -121,7 +121,7 @@ class DynamicViT(TokenMethod):
     def fractions(self) -> tuple[float, ...]:
         """Fraction of all patches that is left after each stage."""
         stages, depth = tuple(self.stages), self.model.depth
-        if any(not 0 <= s < depth for s in stages) or any(a >= b for a, b in pairwise(stages)):
+        if not stages or any(not 0 <= s < depth for s in stages) or any(a >= b for a, b in pairwise(stages)):
             raise ValueError(f"stages must be ascending blocks from 0 to {depth - 1}, got {stages}")
         if not isinstance(self.keep, Sequence):
             state.check_fraction("keep", self.keep)

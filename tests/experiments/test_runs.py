@@ -101,6 +101,41 @@ def test_result_has_provenance_and_a_portable_command(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+@pytest.mark.parametrize("kept", ["record", "row"])
+def test_a_finished_part_holds_its_run_to_the_config(tmp_path, kept):
+    runs.check_config(tmp_path, Config(seed=1))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / f"{kept}.json").write_text("{}")
+    with pytest.raises(RunError, match="seed"):
+        runs.check_config(tmp_path, Config(seed=2))
+
+
+def test_a_field_added_since_counts_as_having_had_its_default(tmp_path):
+    runs.check_config(tmp_path, Config())
+    (tmp_path / "result.json").write_text("{}")
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["hidden"]
+    path.write_text(json.dumps(old))
+    runs.check_config(tmp_path, Config())
+    with pytest.raises(RunError, match="hidden"):
+        runs.check_config(tmp_path, Config(hidden=(5,)))
+
+
+def test_a_result_says_that_earlier_sessions_went_before_it(tmp_path):
+    """Of those only that left something behind."""
+    moments = [datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
+    runs.note_session(tmp_path, moments[0])
+    runs.note_session(tmp_path, moments[1])
+    run, content = run_in(tmp_path, "run", "functa", "tiny"), {**CONTENT, "figures": []}
+    assert "sessions" not in runs.write_result(run, Config(), moments[1], content)["provenance"]
+    (tmp_path / "result.json").rename(tmp_path / "record.json")
+    runs.note_session(tmp_path, moments[2])
+    found = runs.write_result(run, Config(), moments[2], content)["provenance"]
+    assert (found["sessions"], found["started"]) == (2, "2026-01-03T00:00:00+00:00")
+    assert found["first_session"]["started"] == "2026-01-02T00:00:00+00:00"
+
+
 def test_the_cores_named_are_those_the_process_may_use():
     before = os.sched_getaffinity(0)
     try:

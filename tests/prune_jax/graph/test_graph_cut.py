@@ -50,6 +50,22 @@ def test_group_norm_means_over_the_cut_width():
     np.testing.assert_allclose(jax.jit(single.fn)(single.params, x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mean_over_a_free_batch_is_exported():
+    params = weights(a=(3, 8), b=(8, 2))
+
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return (h - h.mean(0, keepdims=True)) @ p["b"]
+
+    pruned = check(net, params, data(4, 3), ratio=0.5)
+    assert pruned.params["a"].shape == (3, 4)
+    shape = export.symbolic_shape("b,3")
+    traced = export.export(jax.jit(pruned.fn))(pruned.params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    np.testing.assert_allclose(
+        traced.call(pruned.params, data(7, 3)), pruned.fn(pruned.params, data(7, 3)), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_attention_scale_stays():
     def attend(scale):
         def net(p, x):

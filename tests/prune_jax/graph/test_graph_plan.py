@@ -67,6 +67,14 @@ def test_plan_for_another_function():
         smaller_function(lambda p, x: x, {"w0": data(3, 8)}, plan)({"w0": cut["w0"]}, *args)
 
 
+@pytest.mark.parametrize("positions", [[0, 8], [-1, 2], [2, 1], [1, 1], [], [[0, 1]], [0.5, 1.0]])
+def test_damaged_positions_are_refused(positions):
+    plan = prune(*ARCHITECTURES["mlp"]()[:2], *ARCHITECTURES["mlp"]()[2], ratio=0.5).plan
+    plan["leaves"][2]["keep"][0]["positions"] = positions
+    with pytest.raises(ValueError, match="plan is damaged: leaf"):
+        apply_plan(plan, {})
+
+
 def test_plan_that_cuts_what_must_stay():
     fn, params, args = ARCHITECTURES["mlp"]()
     plan = prune(fn, params, *args, ratio=0.5).plan

@@ -39,6 +39,17 @@ def test_unit_scores_by_hand():
     np.testing.assert_allclose(partial[0], into, rtol=1e-6)
 
 
+@pytest.mark.parametrize("normalise", ["mean", "top", "none"])
+def test_scores_of_both_signs_keep_their_order(normalise):
+    fn, params, args = two_layers()
+    groups = dependency_groups(fn, params, *args)
+    scores = {"a": params["a"] - 3, "b": None, "c": params["c"]}
+    found = unit_scores(groups, scores, normalise=normalise)
+    raw = np.asarray(scores["a"]).sum(0)
+    assert raw.max() < 0
+    np.testing.assert_array_equal(np.argsort(found[0]), np.argsort(raw))
+
+
 def test_the_lowest_units_go():
     fn, params, args = two_layers()
     pruned = prune(fn, params, *args, ratio=0.3, scope="local")
@@ -82,6 +93,14 @@ def test_ratio_by_tie_round_to_and_minimum():
     assert (pruned["a"].shape[1], pruned["c"].shape[0]) == (8, 12)
     pruned = prune(fn, params, *args, ratio=0.95, minimum=3).params
     assert (pruned["a"].shape[1], pruned["c"].shape[0]) == (3, 3)
+    for options, widths in (
+        ({"ratio": 0.1, "round_to": 4}, (8, 16)),  # never up beyond the size
+        ({"ratio": 0.95, "round_to": 4, "minimum": 5}, (8, 8)),
+        ({"ratio": 0.1, "round_to": 8, "minimum": 9}, (10, 16)),  # 8 would be too few, and 16 are not there
+        ({"ratio": 0.0, "round_to": 8}, (10, 20)),
+    ):
+        pruned = prune(fn, params, *args, **options, scope="local").params
+        assert (pruned["a"].shape[1], pruned["c"].shape[0]) == widths
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
@@ -128,7 +147,9 @@ def test_a_ratio_of_flops_is_met(name):
         ({"ratio": 0.5, "target_latency": 1.0}, "give either ratio or target_latency"),
         ({"target_latency": 1.0}, "measure says how long a network takes"),
         ({"ratio": 0.5, "rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"ratio": 0.5, "importance": {"a": None}}, "scores must have 3 leaves"),
+        ({"ratio": 0.5, "importance": {"a": None}}, "scores must have the 3 leaves"),
+        ({"ratio": 0.5, "importance": {"a": None, "b": None, "d": None}}, r"in one of them only: \['c', 'd'\]"),
+        ({"ratio": 0.9, "of": "parameters", "minimum": 5}, r"cannot be removed: 0\.\d+ at most, .* minimum=5"),
         ({"ratio": 0.5, "importance": {"a": jnp.ones(3), "b": None, "c": None}}, r"'a' must have shape \(3, 10\)"),
         ({"ratio": 0.5, "importance": {"a": jnp.full((3, 10), jnp.nan), "b": None, "c": None}}, "hold NaN"),
     ],
