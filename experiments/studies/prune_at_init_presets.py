@@ -75,8 +75,9 @@ PRESETS = {
     "resnet20-cpu": Preset(
         _CPU,
         "ResNet-20 on CIFAR-10 at 16x16, one epoch of 30,000 images for each criterion and sparsity",
-        "20 min on one CPU core",
-        "PX best at 99 %, and no layer of it without a weight",
+        "28 min on one core of a busy machine",
+        "PX keeps most of the tangent kernel's trace, and no layer of it is without a weight even at 99.8 %; one epoch "
+        "says little of accuracy: the dense network has 38 %, GraSP's 1 % of it 36, PX's 30",
     ),
     "vgg-cpu": Preset(
         replace(_CPU, image_size=None, model="vgg-a", width=0.25),
