@@ -96,7 +96,7 @@ def proximal(
         threshold = jnp.maximum(rate(step) * strength, jnp.finfo(jnp.float32).tiny)
 
         def shrunk(rule: Penalty, w: jax.Array, u: jax.Array) -> jax.Array:
-            return threshold * rule.prox((w + u) / threshold) - w
+            return (threshold * rule.prox((w + u) / threshold) - w).astype(u.dtype)
 
         structured = map_structured(shrunk, assign_penalties(penalty, params), params, updates)
         chosen = jax.tree.map(lambda u, s: u if s is None else s, updates, structured)
@@ -164,7 +164,11 @@ def averaging(base: optax.GradientTransformation, decay: float) -> optax.Gradien
         average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, now)
         return updates, AveragingState(inner, average)
 
-    return optax.GradientTransformation(lambda params: AveragingState(base.init(params), params), update)
+    def init(params: optax.Params) -> AveragingState:
+        # A copy, because a buffer that is in a state twice cannot be donated.
+        return AveragingState(base.init(params), jax.tree.map(jnp.copy, params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def average_of(state: Any) -> optax.Params:

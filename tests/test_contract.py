@@ -12,6 +12,7 @@ import optax
 import pytest
 from contract import CHECKS, Case, random_tree
 
+from experiments import optimizers
 from functa_jax import relative_adam
 from optim_jax import L1, GroupLasso, SparseGroup, dessilbi
 from prune_jax import gradual_pruning, keep_masks, l1_penalty, l1_proximal
@@ -33,6 +34,11 @@ def pruned_adamw(learning_rate, criterion="magnitude"):
 
 def proximal_sgd(strength, learning_rate):
     return optax.chain(optax.sgd(learning_rate), l1_proximal(strength, learning_rate))
+
+
+def proximal_group(learning_rate):
+    rate = optax.constant_schedule(learning_rate)
+    return optimizers.proximal(optax.sgd(learning_rate), rate, 1e-2, optimizers.penalty(0.1))
 
 
 @functools.cache
@@ -65,6 +71,8 @@ CASES = [
     Case("l1_penalty", l1_penalty, {"strength": 1e-2}, minimizes=False),
     Case("l1_proximal", proximal_sgd, {"strength": 1e-2, "learning_rate": 0.05}),
     Case("group_regulariser", lambda: group_regulariser(groups(), 1e-2), minimizes=False, for_one_tree=True),
+    Case("proximal", lambda: proximal_group(0.05)),
+    Case("averaging", lambda: optimizers.averaging(optax.adam(0.05), 0.9)),
     Case("relative_adam", relative_adam, {"learning_rate": 0.05}, needs_params=False),
 ]
 
