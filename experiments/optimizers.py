@@ -10,13 +10,18 @@ from optim_jax import L1, GroupLasso, Penalty, PenaltyRule, assign_penalties, de
 from optim_jax.penalties import map_structured
 
 Arm = Literal["sgd", "adam", "dessilbi", "dessilbi-adam", "proximal"]
-TITLES: dict[str, str] = {
-    "sgd": "SGD",
-    "adam": "Adam",
-    "dessilbi": "DessiLBI",
-    "dessilbi-adam": "DessiLBI+Adam",
-    "proximal": "proximal SGD",
-}
+
+
+def titles(weight_decay: float) -> dict[str, str]:
+    """The names of the arms: with decoupled weight decay Adam is AdamW."""
+    adam = "AdamW" if weight_decay else "Adam"
+    return {
+        "sgd": "SGD",
+        "adam": adam,
+        "dessilbi": "DessiLBI",
+        "dessilbi-adam": f"DessiLBI+{adam}",
+        "proximal": "proximal SGD",
+    }
 
 
 def is_path(arm: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments import logs, plots
-from experiments.optimizers import TITLES, is_path
+from experiments.optimizers import is_path, titles
 
 _LAYERS_SHOWN = 8
 
@@ -52,6 +52,7 @@ def _features(maps: np.ndarray) -> np.ndarray:
 def draw(directory: Path, result: dict[str, Any]) -> None:
     """Draws all figures of a finished run."""
     config, arms = result["config"], result["metrics"]["arms"]
+    named = titles(config["weight_decay"])
     seeds = range(config["seed"], config["seed"] + config["seeds"])
     title = f"{config['model']} on {config['dataset']}"
     spread = f", mean and standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
@@ -63,8 +64,8 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
 
     plots.panels(
         {
-            "training batches": {TITLES[arm]: over_seeds(arm, "accuracy") for arm in arms},
-            "validation split": {TITLES[arm]: over_seeds(arm, "validation_accuracy") for arm in arms},
+            "training batches": {named[arm]: over_seeds(arm, "accuracy") for arm in arms},
+            "validation split": {named[arm]: over_seeds(arm, "validation_accuracy") for arm in arms},
         },
         directory / "convergence.png",
         title=f"{title}: convergence{spread}",
@@ -77,7 +78,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         names = [name for name in records[paths[0]][0][0] if name.startswith("zero ")]
         shown = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(_LAYERS_SHOWN, len(names)))]
         plots.panels(
-            {TITLES[arm]: {name.removeprefix("zero "): over_seeds(arm, name) for name in shown} for arm in paths},
+            {named[arm]: {name.removeprefix("zero "): over_seeds(arm, name) for name in shown} for arm in paths},
             directory / "path.png",
             title=f"{title}: the path{spread}",
             x_label="steps",
@@ -89,12 +90,13 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
 
 def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
     config, arms = result["config"], result["metrics"]["arms"]
+    named = titles(config["weight_decay"])
     lines: dict[str, dict[str, Any]] = {}
     marks: dict[str, dict[str, Any]] = {}
     for group in config["prune"]:
         for kind, label in (("accuracy", group), ("retrained", f"{group}, {config['retrain_steps']} steps later")):
             lines[label] = {
-                f"{TITLES[arm]}, by {'path' if is_path(arm) else 'magnitude'}": _line(
+                f"{named[arm]}, by {'path' if is_path(arm) else 'magnitude'}": _line(
                     [100 * entry["fraction"] for entry in found[0]["cut"][group]],
                     [[entry[kind] for entry in one["cut"][group]] for one in found],
                 )
@@ -114,16 +116,17 @@ def _draw_pictures(directory: Path, config: dict[str, Any], arms: list[str], tit
         found = logs.read_images(directory / f"{arm}-{config['seed']}" / "images.jsonl", name)
         return found[max(found)][0] if found else None
 
+    named = titles(config["weight_decay"])
     rows: dict[str, dict[str, np.ndarray]] = {}
     for row, name in (("W", "kernels W"), ("Gamma", "kernels Gamma")):
-        rows[row] = {TITLES[arm]: image for arm in arms if (image := picture(arm, name)) is not None}
+        rows[row] = {named[arm]: image for arm in arms if (image := picture(arm, name)) is not None}
     plots.pictures(
         {row: images for row, images in rows.items() if images},
         directory / "kernels.png",
         title=f"{title}: kernels of {config['kernels']}, each filter's strongest slice, strongest filter first",
     )
     features = {
-        layer: {TITLES[arm]: image for arm in arms if (image := picture(arm, f"features {layer}")) is not None}
+        layer: {named[arm]: image for arm in arms if (image := picture(arm, f"features {layer}")) is not None}
         for layer in config["features"]
     }
     plots.pictures(features, directory / "features.png", title=f"{title}: feature maps of the first test image")

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.optimizers import TITLES
+from experiments.optimizers import titles
 from experiments.path_figures import figures
 from experiments.published import published, table
 
@@ -54,7 +54,7 @@ def _table(config: Any, arms: Records) -> dict[str, Any]:
     seeds = f", mean ± sample standard deviation of {config.seeds} seeds" if config.seeds > 1 else ""
     return {
         "title": f"{config.model} on {config.dataset}, test split{images}{seeds}; cut by path, else by magnitude",
-        "columns": ["quantity", *(TITLES[arm] for arm in arms)],
+        "columns": ["quantity", *(titles(config.weight_decay)[arm] for arm in arms)],
         "rows": rows,
     }
 
@@ -118,7 +118,7 @@ def compare_cuts(
             arm,
             ("cut", group, i, "accuracy"),
             quantity=f"accuracy after cutting {group}, without retraining, %",
-            setting=f"{TITLES[arm]}, {100 * fraction:g} % cut",
+            setting=f"{titles(config.weight_decay)[arm]}, {100 * fraction:g} % cut",
             cite=(report, number, round(100 * fraction), column),
             note=note,
             cut=group,

@@ -10,6 +10,7 @@ from experiments import path_figures, path_study, path_tables
 from experiments.config import Preset
 from experiments.path_study import Config
 from experiments.runs import Run
+from experiments.tables import counted
 
 SUMMARY = "DessiLBI on CIFAR-10: which filters of VGG and ResNet matter, found while they train"
 
@@ -146,14 +147,15 @@ def _comparisons(config: Config, arms: path_tables.Records) -> list[dict[str, An
             quantity="VGG-A's test accuracy on CIFAR-10, %",
             setting=f"{titles[arm]}, {config.epochs} epochs",
             cite=("B", 9, titles[arm], "test accuracy, %"),
-            note="" if config.epochs == 20 else f"{config.epochs} epochs; the report trained for 20.",
+            note="" if config.epochs == 20 else f"{counted(config.epochs, 'epoch')}; the report trained for 20.",
         )
         for arm in arms
         if arm in titles
     ]
     if "dessilbi" not in arms:
         return found
-    found += path_tables.compare_cuts(config, arms, "conv3", ("B", 12, "accuracy, %"))
+    some = "" if config.cut_images is None else f"Measured on the first {config.cut_images} test images. "
+    found += path_tables.compare_cuts(config, arms, "conv3", ("B", 12, "accuracy, %"), note=some.strip())
     layers = [f"conv{i}" for i in range(1, 6)] + list(_B_LAYERS)
     found += [
         path_tables.compare(
@@ -163,7 +165,7 @@ def _comparisons(config: Config, arms: path_tables.Records) -> list[dict[str, An
             quantity="accuracy after cutting one layer by 80 %, without retraining, %",
             setting=f"DessiLBI, {_B_LAYERS.get(layer, layer)}",
             cite=("B", 13, layer, "accuracy, %"),
-            note="The report does not say which five of VGG-A's eight convolutions it means; ours are the first five.",
+            note=f"{some}The report does not say which five of the eight convolutions it means; ours are the first.",
         )
         for layer in layers
         if config.each_layer == 0.8
