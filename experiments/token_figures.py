@@ -223,11 +223,15 @@ def _draw_similarity(directory: Path, metrics: dict[str, Any], on: str) -> None:
         for row in thresholds
         if row["attend"] == "kept"
     }
+    commoner = {
+        f"the commoner answer, {t}": (blocks, [max(s, 1 - s) for s in share])
+        for t, share in similarity["above"].items()
+    }
     plots.panels(
         {
             "scaled cosine before and after": {"mean over patches": (blocks, similarity["mean"])},
             "share above the threshold": above,
-            "share that the MLP tells right": of_scorers,
+            "share that the MLP tells right": {**of_scorers, **commoner},
         },
         directory / "similarity.png",
         title=f"{on}: how little each block changes a patch",
