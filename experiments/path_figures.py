@@ -10,6 +10,7 @@ from experiments import logs, plots
 from experiments.optimizers import is_path, titles
 
 _LAYERS_SHOWN = 8
+_POINTS = 100  # of a curve
 
 
 def figures(arms: Iterable[str]) -> list[str]:
@@ -59,7 +60,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     records = {arm: [logs.read_lines(directory / f"{arm}-{seed}" / "metrics.jsonl") for seed in seeds] for arm in arms}
 
     def over_seeds(arm: str, name: str, scale: float = 100.0) -> Sequence[Sequence[float]]:
-        found = [logs.curve(one, name) for one in records[arm]]
+        found = [_thinned(*logs.curve(one, name)) for one in records[arm]]
         return _line(found[0][0], [scale * np.asarray(y) for _, y in found])
 
     plots.panels(
@@ -86,6 +87,13 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
             y_limits=(-3, 103),
         )
     _draw_pictures(directory, config, list(arms), title)
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Means over neighbours where every step is logged, so that some hundred points are left."""
+    size = max(1, len(x) // _POINTS)
+    ends = range(size, len(x) + 1, size)
+    return [x[end - 1] for end in ends], [float(np.mean(y[end - size : end])) for end in ends]
 
 
 def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
