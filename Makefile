@@ -15,7 +15,7 @@ help: ## list the targets
 
 install: $(VENV)/.base ## make .venv with the pinned dependencies
 
-demo: $(VENV)/.base ## train on real images, print tables, write figures (about 2 minutes on two cores)
+demo: $(VENV)/.base ## train on real images, print tables, write figures (about 3 minutes on two cores)
 	@for chapter in $(DEMO); do \
 	  echo; echo "== $$chapter"; \
 	  $(BIN)/python -m experiments run $${chapter%%/*} $${chapter##*/} || exit $$?; \
