@@ -100,8 +100,8 @@ PRESETS = {
         ),
         "what CP-ViT and DynamicViT would drop is merged; the ViT behind CP-ViT trained on, beside the dense one",
         "11 min on one core of a busy machine",
-        "untrained, CP-ViT loses at most 0.2 points down to keep rate 0.6, DynamicViT 3.6 at 0.5 (report A: 19.1); half "
-        "an epoch of training costs all of them 0.5, the dense ViT too",
+        "untrained, CP-ViT loses at most 0.2 points down to keep rate 0.6, DynamicViT 3.6 at 0.5 (report A: 19.1); "
+        "half an epoch of training costs all of them 0.5, the dense ViT too",
     ),
     "gpu": Preset(
         _GPU,
