@@ -131,10 +131,10 @@ def check_config(directory: Path, config: Any) -> None:
     Raises:
       RunError: the folder belongs to a run with another config; shows the differing fields. Or its file is damaged.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    known = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
-    plain = json.loads(json.dumps(known, default=str))
-    check_unchanged(directory / "config.json", as_json(config), other="another config", defaults=plain)
+    known = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    plain = as_json(dataclasses.replace(config, **known))
+    defaults = {name: plain[name] for name in known}
+    check_unchanged(directory / "config.json", as_json(config), other="another config", defaults=defaults)
 
 
 def begun(directory: Path) -> bool:

@@ -78,7 +78,7 @@ def check(config: Config) -> None:
         raise ValueError(f"cosine_thresholds must be between 0 and 1, got {bad}")
     if not config.cosine_thresholds or not config.keep_rates or not config.series:
         raise ValueError("cosine_thresholds, keep_rates and series need at least one entry each")
-    lowest = min((*config.keep_rates, *config.finetuned, *config.others_finetuned))
+    lowest = min(*config.keep_rates, *config.finetuned, *config.others_finetuned, 1.0)
     if {"cp", "cp-merge"} & set(config.series) and lowest < 0.05:
         raise ValueError(f"CP-ViT keeps at least 0.05 of the patches, got a keep rate of {lowest}")
     for name in ("calibration_images", "repeats"):

@@ -66,17 +66,17 @@ def unit_scores(
         raise ValueError(f"normalise must be 'mean', 'top' or 'none', got {normalise!r}")
     program = groups.program
     named = jax.tree_util.tree_flatten_with_path(scores, is_leaf=lambda x: x is None)[0]
-    theirs, ours = {keys(path) for path, _ in named}, {leaf.path for leaf in program.leaves}
-    if theirs != ours:
-        differing = sorted("/".join(path) for path in theirs ^ ours)
+    by_path, ours = {keys(path): score for path, score in named}, {leaf.path for leaf in program.leaves}
+    if by_path.keys() != ours:
+        differing = sorted("/".join(path) for path in by_path.keys() ^ ours)
         raise ValueError(
-            f"scores must have the {len(ours)} leaves of the parameters (None where not scored), got {len(theirs)}; "
+            f"scores must have the {len(ours)} leaves of the parameters (None where not scored), got {len(by_path)}; "
             f"these are in one of them only: {differing[:5]}"
         )
-    flat = [score for _, score in named]
     total = np.zeros(program.walk.elements.size)
     scored = np.zeros(program.walk.elements.size, bool)
-    for leaf, score in zip(program.leaves, flat, strict=True):
+    for leaf in program.leaves:
+        score = by_path[leaf.path]
         if score is None:
             continue
         value = np.asarray(score)
