@@ -115,7 +115,7 @@ PRESETS = {
     "cifar10-b-mlp1": Preset(
         _B,
         "CIFAR-10 vectors by report B's MLP1, 600 epochs",
-        "5 min on one CPU core",
+        "3 min on one CPU core",
         "50.8 % of the test images (report B: 43.76 % after 600 epochs)",
     ),
     "cifar10-b-mlp2": Preset(
