@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from experiments.files import write_atomically
 from experiments.training import PyTree
 from prune_jax import apply_masks, exponential, iterative_masks, make_masks, ntk_spectrum, scores
 
-Method = Literal["random", "magnitude", "snip", "grasp", "synflow", "px"]
+Method = Literal["random", "magnitude", "snip", "grasp", "synflow", "px", "px-balanced"]
 TITLES: dict[str, str] = {
     "dense": "dense",
     "random": "random",
@@ -24,8 +25,9 @@ TITLES: dict[str, str] = {
     "grasp": "GraSP",
     "synflow": "SynFlow",
     "px": "PX",
+    "px-balanced": "PX, balanced",
 }
-ITERATIVE = ("synflow", "px")  # scored anew round by round, as published; the others in one shot
+ITERATIVE = ("synflow", "px", "px-balanced")  # scored anew round by round, as published; the others in one shot
 _MOMENTUM = 0.9  # of the running averages in all of `experiments.models`
 
 
@@ -93,9 +95,9 @@ def keep(initial: Initial, method: Method, sparsity: float, rounds: int) -> PyTr
 def scorer(initial: Initial, method: Method) -> Callable[[PyTree], PyTree]:
     """The criterion as a function of the parameters alone."""
 
-    def px(params: PyTree) -> PyTree:
+    def px(params: PyTree, *, balance: bool) -> PyTree:
         stats = initial.statistics(params)
-        return scores.px(lambda p, x: initial.logits(p, x, stats), params, initial.inputs)
+        return scores.px(lambda p, x: initial.logits(p, x, stats), params, initial.inputs, balance=balance)
 
     found: dict[str, Callable[[PyTree], PyTree]] = {
         "random": lambda params: scores.random(initial.key, params),
@@ -103,7 +105,8 @@ def scorer(initial: Initial, method: Method) -> Callable[[PyTree], PyTree]:
         "snip": lambda params: scores.snip(initial.training_logits, params, initial.inputs, initial.labels),
         "grasp": lambda params: scores.grasp(initial.training_logits, params, initial.inputs, initial.labels),
         "synflow": lambda params: scores.synflow(initial.logits, params, (1, *initial.inputs.shape[1:])),
-        "px": px,
+        "px": partial(px, balance=False),
+        "px-balanced": partial(px, balance=True),
     }
     return found[method]
 

@@ -10,7 +10,9 @@ from experiments import logs, plots
 from experiments.optimizers import is_path, titles
 
 _LAYERS_SHOWN = 8
+_FILTERS_SHOWN = 64
 _POINTS = 100  # of a curve
+_LEAST_ERROR = 0.1  # of a band on a logarithmic axis, %
 
 
 def figures(arms: Iterable[str]) -> list[str]:
@@ -35,11 +37,11 @@ def log_arrays(directory: Path, step: int, arrays: Mapping[str, np.ndarray]) -> 
 
 
 def _kernels(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Every filter by the slice of its strongest input channel in `weights`, whose strongest filter comes first."""
+    """The strongest filters by the slice of their strongest input channel in `weights`, strongest filter first."""
     if kernel.ndim == 2:
         return plots.diverging(kernel, np.abs(kernel).max())
     strength = np.square(weights).sum((0, 1))  # (channels, filters)
-    filters = np.argsort(-strength.sum(0), kind="stable")
+    filters = np.argsort(-strength.sum(0), kind="stable")[:_FILTERS_SHOWN]
     slices = kernel[:, :, strength.argmax(0)[filters], filters]
     return plots.mosaic(plots.diverging(np.moveaxis(slices, -1, 0), np.abs(slices).max()))
 
@@ -72,12 +74,15 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         title=f"{title}: convergence{spread}",
         x_label="steps",
         y_label="accuracy, %",
-        y_limits=(_floor(records), 100.2),
+        y_limits=_limits(records),
+        band_limits=(0, 100),
     )
-    _draw_pruning(directory / "pruning.png", result, f"{title}: test accuracy after cutting layers{spread}")
+    _draw_pruning(directory / "pruning.png", result, f"{title}: test error after cutting layers{spread}")
     if paths := [arm for arm in arms if is_path(arm)]:
         names = [name for name in records[paths[0]][0][0] if name.startswith("zero ")]
-        shown = [names[round(i)] for i in np.linspace(0, len(names) - 1, min(_LAYERS_SHOWN, len(names)))]
+        cut = {f"zero {layer}" for group in config["prune"] for layer in group.split("+")}
+        even = {names[round(i)] for i in np.linspace(0, len(names) - 1, max(2, _LAYERS_SHOWN - len(cut)))}
+        shown = [name for name in names if name in cut | even]
         plots.panels(
             {named[arm]: {name.removeprefix("zero "): over_seeds(arm, name) for name in shown} for arm in paths},
             directory / "path.png",
@@ -85,6 +90,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
             x_label="steps",
             y_label="part of Gamma that is zero, %",
             y_limits=(-3, 103),
+            band_limits=(0, 100),
         )
     _draw_pictures(directory, config, list(arms), title)
 
@@ -106,7 +112,7 @@ def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
             lines[label] = {
                 f"{named[arm]}, by {'path' if is_path(arm) else 'magnitude'}": _line(
                     [100 * entry["fraction"] for entry in found[0]["cut"][group]],
-                    [[entry[kind] for entry in one["cut"][group]] for one in found],
+                    [[100 - entry[kind] for entry in one["cut"][group]] for one in found],
                 )
                 for arm, found in arms.items()
             }
@@ -115,8 +121,17 @@ def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
             if comparison.get("cut") == group:
                 x, y = marks[group].setdefault(f"report {comparison['report']}, DessiLBI", ([], []))
                 x.append(comparison["percent"])
-                y.append(comparison["published"])
-    plots.panels(lines, path, title=title, x_label="cut, %", y_label="test accuracy, %", marks=marks)
+                y.append(100 - comparison["published"])
+    plots.panels(
+        lines,
+        path,
+        title=title,
+        x_label="cut, %",
+        y_label="wrong on the test split, %",
+        band_limits=(_LEAST_ERROR, 100),
+        log_y=True,
+        marks=marks,
+    )
 
 
 def _draw_pictures(directory: Path, config: dict[str, Any], arms: list[str], title: str) -> None:
@@ -131,13 +146,18 @@ def _draw_pictures(directory: Path, config: dict[str, Any], arms: list[str], tit
     plots.pictures(
         {row: images for row, images in rows.items() if images},
         directory / "kernels.png",
-        title=f"{title}: kernels of {config['kernels']}, each filter's strongest slice, strongest filter first",
+        title=f"{title}: the {_FILTERS_SHOWN} strongest filters of {config['kernels']} at most, each by its strongest "
+        "slice; red is positive, blue negative, and every picture has its own scale",
     )
     features = {
         layer: {named[arm]: image for arm in arms if (image := picture(arm, f"features {layer}")) is not None}
         for layer in config["features"]
     }
-    plots.pictures(features, directory / "features.png", title=f"{title}: feature maps of the first test image")
+    plots.pictures(
+        features,
+        directory / "features.png",
+        title=f"{title}: feature maps of the first test image, each picture on its own scale",
+    )
 
 
 def _line(x: Sequence[float], values: Sequence[Any]) -> Sequence[Any]:
@@ -146,9 +166,10 @@ def _line(x: Sequence[float], values: Sequence[Any]) -> Sequence[Any]:
     return (x, y.mean(0), y.std(0, ddof=1)) if len(y) > 1 else (x, y[0])
 
 
-def _floor(records: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> float:
-    """Where the accuracy axis starts: a little below the worst validation, so that the first steps do not rule it."""
-    worst = min(
-        r["validation_accuracy"] for arm in records.values() for one in arm for r in one if "validation_accuracy" in r
-    )
-    return max(0.0, 100 * worst - 5)
+def _limits(records: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> tuple[float, float]:
+    """The accuracy axis: from a little below the worst validation, so that the first steps do not rule it, to the best
+    of any curve."""
+    every = [r for arm in records.values() for one in arm for r in one]
+    worst = min(r["validation_accuracy"] for r in every if "validation_accuracy" in r)
+    best = max(r[name] for r in every for name in ("accuracy", "validation_accuracy") if name in r)
+    return max(0.0, 100 * worst - 5), min(100.2, 100 * best + 2)

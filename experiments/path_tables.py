@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.optimizers import titles
+from experiments.optimizers import is_path, titles
 from experiments.path_figures import figures
 from experiments.published import published, table
+from experiments.tables import counted
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -36,6 +37,7 @@ def _table(config: Any, arms: Records) -> dict[str, Any]:
         rows.append([quantity, *(_summary([value_of(record, *keys) for record in arms[arm]]) for arm in arms)])
 
     add("test accuracy, %", "accuracy")
+    rows.append(["mu; thresholds of filters, of weights", *(_thresholds(config, arm) for arm in arms)])
     add("zero in Gamma (in W without a path), % of all parameters", "support_removed")
     add("W where Gamma is nonzero: accuracy, %", "support_accuracy")
     for group in config.prune:
@@ -48,7 +50,8 @@ def _table(config: Any, arms: Records) -> dict[str, Any]:
         add("accuracy after it, %", "total", "accuracy")
         add(f"the same, {config.retrain_steps} steps later", "total", "retrained")
     for layer in next(iter(arms.values()))[0]["each_layer"]:
-        add(f"only {layer} cut by {100 * config.each_layer:g} %: accuracy, %", "each_layer", layer)
+        add(f"only {layer} cut by {100 * config.each_layer:g} %: accuracy, %", "each_layer", layer, "accuracy")
+        add(f"the same, {config.retrain_steps} steps later", "each_layer", layer, "retrained")
     rows.append(["training time of one seed, s", *(round(mean(r, "train_seconds"), 1) for r in arms.values())])
     images = f" (cuts: its first {config.cut_images} images)" if config.cut_images else ""
     seeds = f", mean ± sample standard deviation of {config.seeds} seeds" if config.seeds > 1 else ""
@@ -60,19 +63,21 @@ def _table(config: Any, arms: Records) -> dict[str, Any]:
 
 
 def compare(
+    config: Any,
     arms: Records,
     arm: str,
     keys: Sequence[Any],
     *,
     quantity: str,
     setting: str,
-    cite: tuple[str, int, Any, str],
+    cite: tuple[str, int | str, Any, str],
     note: str = "",
     **more: Any,
 ) -> dict[str, Any]:
     """One of our numbers, the mean over the seeds, beside a published one.
 
     Args:
+      config: of the run; its settings are noted beside the number.
       arms: arm -> the records of its seeds.
       arm: whose number.
       keys: path of the number in a record.
@@ -92,7 +97,7 @@ def compare(
         "published": published(report, number, row=row, column=column),
         "published_setting": f"{row}, {column}",
         "higher_is_better": True,
-        "note": note,
+        "note": f"{_settings(config, arm)} {note}".rstrip(),
         **more,
     }
 
@@ -114,6 +119,7 @@ def compare_cuts(
     rows = [row[0] for row in table(report, number).rows]
     return [
         compare(
+            config,
             arms,
             arm,
             ("cut", group, i, "accuracy"),
@@ -127,6 +133,26 @@ def compare_cuts(
         for i, fraction in enumerate(config.fractions)
         if group in config.prune and round(100 * fraction) in rows
     ]
+
+
+def _settings(config: Any, arm: str) -> str:
+    """How an arm was trained, for a note: the reports' settings are others."""
+    adam = arm.endswith("adam")
+    rate = config.adam_rate if adam else config.learning_rate
+    text = f"Ours: {config.model}, {counted(config.epochs, 'epoch')}, {config.schedule} schedule from {rate:g}"
+    if is_path(arm):
+        text += f", mu and thresholds (filters; weights) {_thresholds(config, arm)}"
+    return text + "."
+
+
+def _thresholds(config: Any, arm: str) -> str | None:
+    """mu and what Gamma's groups must exceed; 1 and 1 in the official code."""
+    if not is_path(arm):
+        return None
+    adam = arm.endswith("adam")
+    mu = config.adam_mu if adam else config.mu
+    filters, weights = (config.adam_filters, config.adam_dense) if adam else (config.filters, config.dense)
+    return f"{mu:g}; {filters:g}, {weights:g}"
 
 
 def value_of(record: Any, *keys: Any) -> float | None:

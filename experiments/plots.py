@@ -201,6 +201,8 @@ def panels(
     x_label: str,
     y_label: str,
     y_limits: tuple[float | None, float | None] = (None, None),
+    band_limits: tuple[float, float] = (-np.inf, np.inf),
+    log_y: bool = False,
     marks: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
 ) -> None:
     """Draws several plots side by side on the same axes; a name has one colour in all, told by the legend.
@@ -212,6 +214,8 @@ def panels(
       x_label: with unit.
       y_label: with unit.
       y_limits: bottom and top, None where the data decide.
+      band_limits: what y can be at all; bands end there.
+      log_y: logarithmic y axis.
       marks: panel -> name -> x and y of single points, such as published numbers; in grey.
     """
     figure = Figure(figsize=(1.9 + 3.1 * len(series), 3.6), dpi=150, layout="constrained")
@@ -227,12 +231,15 @@ def panels(
                 x, y, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3
             )
             if spread:
-                low, high = np.subtract(y, spread[0]), np.add(y, spread[0])
+                low, high = (np.clip(end, *band_limits) for end in (np.subtract(y, spread[0]), np.add(y, spread[0])))
                 axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         for (name, (x, y)), shape in zip((marks or {}).get(panel, {}).items(), "sD^v", strict=False):
             (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=_MUTED, markersize=5)
         _dress(axis, panel, x_label, size=9)
     axes[0].set_ylabel(y_label, color=_INK)
+    if log_y:
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
     if y_limits != (None, None):
         axes[0].set_ylim(*y_limits)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)

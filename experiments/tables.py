@@ -174,7 +174,8 @@ def _comparisons(groups: dict[str, list[dict]]) -> Iterator[str]:
             key = (label, comparison["setting"], *cited, comparison["higher_is_better"])
             collected.setdefault(comparison["quantity"], {}).setdefault(key, []).append(comparison)
     for quantity, entries in collected.items():
-        rows, notes = [], []
+        rows: list[list[Any]] = []
+        notes: dict[tuple[str, str, str], list[str]] = {}  # label, table, note -> the rows that it is for
         for (label, setting, report, number, published, published_setting, higher_is_better), found in entries.items():
             ours = [comparison["ours"] for comparison in found]
             where = difference = verdict = None
@@ -186,11 +187,16 @@ def _comparisons(groups: dict[str, list[dict]]) -> Iterator[str]:
                 verdict = "reached" if (gap >= 0 if higher_is_better else gap <= 0) else "**falls short**"
             rows.append([label, setting, published, where, _summary(ours), difference, verdict])
             about = f"{label}, {setting}" + (f" ({where})" if where else "")
-            notes += [f"- {about}: {note}" for note in dict.fromkeys(c["note"] for c in found) if note]
+            name = table(report, number).name if published is not None else ""
+            for note in dict.fromkeys(c["note"] for c in found if c["note"]):
+                notes.setdefault((label, name, note), []).append(about)
         yield f"### {quantity}"
         yield markdown_table(["preset", "setting", "published", "where", "ours", "difference", "verdict"], rows)
         if notes:
-            yield "\n".join(notes)
+            yield "\n".join(
+                f"- {of[0] if len(of) == 1 else label + (f' ({name})' if name else '')}: {note}"
+                for (label, name, note), of in notes.items()
+            )
 
 
 def _own_tables(groups: dict[str, list[dict]]) -> Iterator[str]:

@@ -3,6 +3,8 @@
 Reference: Simonyan and Zisserman 2015, arXiv:1409.1556, configurations A and E; report B, Appendix 3.1.
 """
 
+from typing import Any
+
 import flax.linen as nn
 from jax import Array
 
@@ -53,11 +55,21 @@ class VGG(nn.Module):
         return nn.Dense(self.classes, name=f"fc{len(self.hidden) + 1}")(x)
 
 
-def vgg_a(**options: object) -> VGG:
-    """VGG-A; options are `VGG`'s attributes."""
-    return VGG(CONFIGURATIONS["A"], **options)  # type: ignore[arg-type]
+def vgg_a(width: float = 1.0, **options: Any) -> VGG:
+    """VGG-A; `width` is a share of all channels and hidden units, options are `VGG`'s attributes."""
+    return _scaled("A", width, options)
 
 
-def vgg19(**options: object) -> VGG:
-    """VGG-19; options are `VGG`'s attributes."""
-    return VGG(CONFIGURATIONS["E"], **options)  # type: ignore[arg-type]
+def vgg19(width: float = 1.0, **options: Any) -> VGG:
+    """VGG-19, as `vgg_a`."""
+    return _scaled("E", width, options)
+
+
+def scale(numbers: tuple[int, ...], width: float) -> tuple[int, ...]:
+    """The same share of each number, at least 1."""
+    return tuple(max(1, round(width * number)) for number in numbers)
+
+
+def _scaled(name: str, width: float, options: dict[str, Any]) -> VGG:
+    configuration = tuple(scale(block, width) for block in CONFIGURATIONS[name])
+    return VGG(configuration, **{"hidden": scale(VGG.hidden, width), **options})

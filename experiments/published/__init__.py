@@ -1,7 +1,7 @@
 """The numbers that were published before this project, by report and table.
 
 A and B are reports of student projects, C a course report, D notes on a paper, E a discussion of a paper;
-`papers` gathers what other Functa papers reach. Cells are as printed, misprints included; each `note` says which.
+`papers` gathers what other papers reach. Cells are as printed, misprints included; each `note` says which.
 """
 
 from experiments.published import other_papers, report_a, report_b, reports_cde
@@ -18,7 +18,7 @@ REPORTS = {
     "arXiv 2404.13648",
     "E": "Discussion with the author of Finding Lottery Tickets in Vision Models via Data-driven Spectral Foresight "
     "Pruning (PX, CVPR 2024)",
-    "papers": "Other Functa papers and public re-runs; each row names its own source",
+    "papers": "Other papers and public re-runs; each row names its own source",
 }
 
 TABLES: tuple[Table, ...] = report_a.TABLES + report_b.TABLES + reports_cde.TABLES + other_papers.TABLES

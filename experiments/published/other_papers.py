@@ -1,4 +1,4 @@
-"""What other Functa papers and public re-runs reach on CIFAR-10 and MNIST."""
+"""What other papers and public re-runs reach: Functa on CIFAR-10 and MNIST, DessiLBI on MNIST."""
 
 from experiments.published._table import Table
 
@@ -40,5 +40,12 @@ TABLES = (
             ("report A, Functa", 21.37, 96.94, "A Tables 2-3"),
             ("MWT", None, 98.80, "CVPR 2025"),
         ),
+    ),
+    Table(
+        "papers",
+        "DessiLBI",
+        "Accuracy of a network that DessiLBI cut",
+        ("network", "parameters removed, %", "accuracy, %", "from"),
+        (("LeNet on MNIST", 82.5, 98.47, "Fu et al. 2020, arXiv:2007.02010"),),
     ),
 )

@@ -19,7 +19,7 @@ from jax import Array
 from experiments import data, logs, plots, training
 from experiments.classification import Prepare, State, initialise, standardise, train_step
 from experiments.config import Preset
-from experiments.models.vgg import CONFIGURATIONS, VGG
+from experiments.models.vgg import VGG, vgg_a
 from experiments.runs import Run
 from optim_jax import probe_gradients
 
@@ -172,10 +172,8 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
 
 def network(config: Config, *, norm: bool, classes: int) -> VGG:
     """VGG-A, scaled as the config says."""
-    blocks = CONFIGURATIONS["A"][: config.blocks]
-    scaled = tuple(tuple(max(1, round(config.width * channels)) for channels in block) for block in blocks)
-    hidden = (max(1, round(config.width * 512)),) * 2
-    return VGG(scaled, classes=classes, norm=norm, hidden=hidden)
+    whole = vgg_a(config.width, classes=classes, norm=norm)
+    return whole.clone(configuration=whole.configuration[: config.blocks])
 
 
 def arm(net: str, rate: float) -> str:

@@ -19,7 +19,7 @@ from experiments import classification, data, foresight, logs, optimizers, parts
 from experiments.foresight import TITLES, Initial
 from experiments.models.conv import for_steps
 from experiments.models.resnet import ResNet
-from experiments.models.vgg import CONFIGURATIONS, VGG
+from experiments.models.vgg import scale, vgg19, vgg_a
 from experiments.runs import Run
 from experiments.studies.prune_at_init_presets import PRESETS as PRESETS
 from experiments.studies.prune_at_init_presets import Config
@@ -107,14 +107,11 @@ def check(config: Config) -> None:
 def network(config: Config, classes: int) -> nn.Module:
     """The network; every normalisation starts with scale 1, so that criteria see all of its branches."""
 
-    def scaled(channels: int) -> int:
-        return max(1, round(config.width * channels))
-
     if config.model.startswith("resnet"):
         depth = {"resnet8": 1, "resnet20": 3}[config.model]
-        return ResNet((depth,) * 3, scaled(16), classes=classes, last_scale=1.0)
-    blocks = CONFIGURATIONS["A" if config.model == "vgg-a" else "E"]
-    return VGG(tuple(tuple(map(scaled, block)) for block in blocks), classes=classes, hidden=())
+        (features,) = scale((16,), config.width)
+        return ResNet((depth,) * 3, features, classes=classes, last_scale=1.0)
+    return {"vgg-a": vgg_a, "vgg19": vgg19}[config.model](config.width, classes=classes, hidden=())
 
 
 def _splits(config: Config, data_dir: Path | None) -> list[data.Split]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import cut, path_study, path_tables
+from experiments import cut, path_config, path_records, path_study, path_tables
+from experiments.models.resnet import ResNet
+from experiments.models.vgg import VGG
 from experiments.published import published
 from experiments.studies import dessilbi_cifar10, dessilbi_mnist
 from experiments.training import Plan
@@ -28,9 +31,9 @@ def test_preset_fits_together(name: str) -> None:
     examples = min(examples, preset.images or examples)
     per_call = max(1, examples // preset.batch_size // 8)
     Plan(100, preset.batch_size, per_call, 8 * per_call, 8 * per_call).check(examples, devices=1)
-    model = path_study.MODELS[preset.model]()
+    model = path_config.MODELS[preset.model]()
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *image))), jax.random.key(0))
-    path_study.check(preset, shapes["params"])
+    path_config.check(preset, shapes["params"])
     layers = set(cut.layers_of(shapes["params"]))
     assert {preset.kernels, *preset.features} <= layers
 
@@ -50,15 +53,15 @@ def test_report_settings_are_as_published() -> None:
 
 def test_layers_that_are_not_there_are_refused() -> None:
     preset = dataclasses.replace(dessilbi_mnist.PRESETS["tiny"].config, prune=("conv4",))
-    model = path_study.MODELS[preset.model]()
+    model = path_config.MODELS[preset.model]()
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 8, 8, 1))), jax.random.key(0))
     with pytest.raises(ValueError, match="unknown layer of lenet-digits 'conv4'; did you mean 'conv"):
-        path_study.check(preset, shapes["params"])
+        path_config.check(preset, shapes["params"])
     preset = dataclasses.replace(preset, prune=("conv3",), total=None)
     with pytest.raises(ValueError, match=r"fractions must be in \[0, 1\), got \(1.0,\)"):
-        path_study.check(dataclasses.replace(preset, fractions=(1.0,)), shapes["params"])
+        path_config.check(dataclasses.replace(preset, fractions=(1.0,)), shapes["params"])
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        path_study.check(dataclasses.replace(preset, seeds=0), shapes["params"])
+        path_config.check(dataclasses.replace(preset, seeds=0), shapes["params"])
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,7 @@ def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
     check_figures_come_from_the_logs(dessilbi_mnist.draw, directory, result)
 
 
-def _records(preset: path_study.Config, layers: list[str]) -> dict:
+def _records(preset: path_config.Config, layers: list[str]) -> dict:
     """Records as a run would leave them, the accuracy after cutting p % being 100 - p."""
     cuts = [{"fraction": f, "removed": f, "accuracy": 100 - 100 * f, "retrained": 99.0} for f in preset.fractions]
     record = {
@@ -110,7 +113,7 @@ def _records(preset: path_study.Config, layers: list[str]) -> dict:
         "support_removed": 0.5,
         "support_accuracy": 98.0,
         "cut": dict.fromkeys(preset.prune, cuts),
-        "each_layer": dict.fromkeys(layers, 90.0),
+        "each_layer": {layer: {"accuracy": 90.0, "retrained": 95.0} for layer in layers},
         "total": {"fraction": 0.9, "removed": 0.83, "accuracy": 97.0, "retrained": 98.0},
         "train_seconds": 1.0,
     }
@@ -120,8 +123,9 @@ def _records(preset: path_study.Config, layers: list[str]) -> dict:
 @pytest.mark.parametrize(
     ("study", "name", "tables"),
     [
-        (dessilbi_mnist, "lenet", {("B", 8): 3, ("A", 10): 12, ("B", 10): 5, ("B", 11): 5}),
+        (dessilbi_mnist, "lenet", {("B", 8): 3, ("A", 10): 12, ("B", 10): 5, ("B", 11): 5, ("papers", "DessiLBI"): 1}),
         (dessilbi_cifar10, "vgg-a-bn-cpu", {("B", 9): 1, ("B", 12): 5, ("B", 13): 8}),
+        (dessilbi_cifar10, "vgg-a-bn-quarter", {("B", 9): 3, ("B", 12): 5, ("B", 13): 8}),
         (dessilbi_cifar10, "resnet50", {}),
     ],
 )
@@ -140,6 +144,59 @@ def test_comparisons_are_with_the_right_cells(study, name, tables, monkeypatch) 
             column = column if c["report"] == "A" else "accuracy, %"
             assert c["published"] == published(c["report"], c["table"], row=round(c["percent"]), column=column)
     assert all(len(row) == len(content["table"]["columns"]) for row in content["table"]["rows"])
+
+
+def test_notes_say_how_an_arm_was_trained(monkeypatch) -> None:
+    preset = dessilbi_mnist.PRESETS["lenet"].config
+    records = _records(preset, ["conv1", "conv2", "conv3", "fc1", "fc2"])
+    monkeypatch.setattr(path_study, "run", lambda config, run: records)
+    content = dessilbi_mnist.run(preset, None)
+    notes = {c["setting"]: c["note"] for c in content["comparisons"] if c["table"] == 8}
+    assert notes["DessiLBI"].endswith("from 0.05, mu and thresholds (filters; weights) 10; 2.5, 0.2.")
+    assert notes["DessiLBI+Adam"].endswith("from 0.002, mu and thresholds (filters; weights) 1.25; 1, 0.1.")
+    assert notes["Adam"].endswith("linear schedule from 0.002.")
+    assert content["table"]["rows"][1] == [
+        "mu; thresholds of filters, of weights", None, None, "10; 2.5, 0.2", None, "1.25; 1, 0.1"
+    ]  # fmt: skip
+
+
+def test_feature_maps_are_what_the_next_layer_sees() -> None:
+    # A plain convolution's is rectified, a normalised one's after its normalisation, a block's last with the shortcut.
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+
+    def variables(model, key=1):
+        drawn = model.init(jax.random.key(key), x)
+        noisy = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(7), w.shape), drawn)
+        return {**noisy, "batch_stats": jax.tree.map(jnp.abs, noisy.get("batch_stats", {}))}
+
+    def conv(x, kernel, bias=0.0):
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return np.asarray(y) + np.asarray(bias)
+
+    def norm(x, name, of):
+        p, s = (jax.device_get(of[collection][name]) for collection in ("params", "batch_stats"))
+        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
+
+    def rectified(x):
+        return np.maximum(x, 0)
+
+    for normalised in (False, True):
+        model = VGG(((4,),), norm=normalised, hidden=())
+        v = variables(model)
+        y = conv(x, v["params"]["conv1"]["kernel"], v["params"]["conv1"]["bias"])
+        expected = rectified(norm(y, "norm1", v) if normalised else y)
+        found = path_records.feature_maps(model, v, x, ["conv1"])["conv1"]
+        assert found == pytest.approx(expected, abs=1e-5)
+
+    model = ResNet((1,), 4, last_scale=1.0)
+    v = variables(model)
+    stem = rectified(norm(conv(x, v["params"]["conv1"]["kernel"]), "norm1", v))
+    block = {name: v[name]["stage1_block1"] for name in ("params", "batch_stats")}
+    inner = rectified(norm(conv(stem, block["params"]["conv1"]["kernel"]), "norm1", block))
+    outer = rectified(norm(conv(inner, block["params"]["conv2"]["kernel"]), "norm2", block) + stem)
+    found = path_records.feature_maps(model, v, x, ["conv1", "stage1_block1/conv1", "stage1_block1/conv2"])
+    for name, expected in zip(found, (stem, inner, outer), strict=True):
+        assert found[name] == pytest.approx(expected, abs=1e-5), name
 
 
 def test_several_seeds_are_mean_and_deviation() -> None:

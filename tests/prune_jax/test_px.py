@@ -11,7 +11,7 @@ import pytest
 from prune_jax import apply_masks, exponential, iterative_masks, layer_statistics, scores, sparsity
 from prune_jax.scores.path_flow import active_flow, weight_flow
 
-px = jax.jit(scores.px, static_argnums=0)
+px = jax.jit(scores.px, static_argnums=0, static_argnames="balance")
 
 RELUS = {
     "relu": jax.nn.relu,
@@ -97,6 +97,43 @@ def test_outputs_that_share_no_path_are_paired_separately():
     result = px(lambda p, x: x @ p["w"], params, x)["w"]
     total = 1 * 4 + 16 * 9
     np.testing.assert_allclose(result, [[4 / total, 0], [0, 144 / total]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["all outputs alive", "one output dead"])
+def test_balanced_shares_are_the_mean_over_outputs(dead):
+    params = pruned(mlp_params((3, 5, 4, 3)))
+    if dead:
+        params[-1]["kernel"] = params[-1]["kernel"] * np.array([1, 0, 1], np.float32)
+    x = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+    _, z1, z2 = list_paths(params, x)
+    alive = z1 * z2 > 0
+    assert alive.sum() == (2 if dead else 3)
+    kernels = [np.asarray(layer["kernel"], np.float64) ** 2 for layer in params]
+    result = px(mlp, params, jnp.asarray(x), balance=True)
+    for layer, share in enumerate(result):
+        # The outputs' path sums in which every path must pass the layer's weight, one weight at a time.
+        expected = np.zeros(kernels[layer].shape)
+        for index in np.ndindex(expected.shape):
+            only = np.zeros_like(kernels[layer])
+            only[index] = kernels[layer][index]
+            through = np.ones(3) @ np.linalg.multi_dot([*kernels[:layer], only, *kernels[layer + 1 :]])
+            expected[index] = np.mean(through[alive] / z2[alive])
+        np.testing.assert_allclose(share["kernel"], expected, rtol=2e-5, atol=1e-8)
+        np.testing.assert_allclose(share["kernel"].sum(), 1, rtol=1e-5)
+
+
+def test_balanced_rounds_leave_every_output_a_path():
+    # The first output's weights are so small that the others take all that is left, unless every output counts alike.
+    params = mlp_params((8, 16, 16, 4))
+    params[-1]["kernel"] = params[-1]["kernel"] * np.array([1e-3, 1, 1, 1], np.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32))
+
+    def alive(balance):
+        masks = iterative_masks(lambda p: scores.px(mlp, p, x, balance=balance), params, exponential(0.95, 50))
+        return np.asarray(masks[-1]["kernel"]).any(0)
+
+    assert not alive(False)[0]
+    assert alive(True).all()
 
 
 # -- a small convolutional network with BatchNorm, max-pool, a skip connection and an average pool, in plain loops -----
