@@ -215,23 +215,25 @@ def _draw_decisions(directory: Path, series: str, on: str) -> None:
 
 
 def _draw_similarity(directory: Path, metrics: dict[str, Any], on: str) -> None:
-    similarity, thresholds = metrics["similarity"], metrics["thresholds"]
-    blocks = range(1, len(similarity["mean"]) + 1)
-    above = {f"cosine threshold {t}": (blocks, share) for t, share in similarity["above"].items()}
-    of_scorers = {
-        f"cosine threshold {row['cosine_threshold']:g}": (blocks, row["scorer_accuracy"])
-        for row in thresholds
-        if row["attend"] == "kept"
-    }
-    commoner = {
-        f"the commoner answer, {t}": (blocks, [max(s, 1 - s) for s in share])
-        for t, share in similarity["above"].items()
-    }
+    mean, scorers = metrics["similarity"]["mean"], metrics["similarity"]["scorers"]
+    blocks = range(1, len(mean) + 1)
+
+    def lines(number: str, name: str) -> dict[str, Any]:
+        return {name.format(t): (blocks, scorer[number]) for t, scorer in scorers.items()}
+
+    threshold = "cosine threshold {}"
     plots.panels(
         {
-            "scaled cosine before and after": {"mean over patches": (blocks, similarity["mean"])},
-            "share above the threshold": above,
-            "share that the MLP tells right": {**of_scorers, **commoner},
+            "scaled cosine before and after": {"mean over patches": (blocks, mean)},
+            "share to be kept": lines("keep_share", threshold),
+            "share that the MLP tells right": {
+                **lines("accuracy", threshold),
+                **lines("commoner", "the commoner answer, {}"),
+            },
+            "mean of both kinds' shares told right": {
+                **lines("balanced_accuracy", threshold),
+                "one answer for all": (blocks, [0.5] * len(mean)),
+            },
         },
         directory / "similarity.png",
         title=f"{on}: how little each block changes a patch",

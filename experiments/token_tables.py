@@ -8,29 +8,28 @@ from experiments.studies.token_presets import Config
 from experiments.token_methods import TITLES, speed_up
 
 TRAINED = {"none": "", "classifier": "classifier", "joint": "all, jointly", "ViT": "ViT"}
+FORMS = {"threshold": "by threshold, all computed", "capacity": "fixed capacity"}
 
 
 def table(base: str, metrics: dict[str, Any]) -> dict[str, Any]:
     """One row for each method, keep rate and way of training."""
     dense = metrics["dense"]
-    batches = sorted({int(b) for row in metrics["rows"] for b in row.get("latency", {})})
+    timed = [row for row in (*metrics["rows"], *metrics["thresholds"]) if "latency" in row]
+    batches = sorted({int(batch) for row in timed for batch in row["latency"]})
     columns = ["method", "keep rate", "trained", "MFLOP", "FLOPs saved, %", "accuracy, %", "points lost"]
     columns += [f"speed-up, batch {batch}" for batch in batches]
+
+    def speed_ups(row: dict[str, Any]) -> list[Any]:
+        times = [row.get("latency", {}).get(str(batch)) for batch in batches]
+        return [round(speed_up(t), 2) if t else "" for t in times]
+
     rows: list[list[Any]] = [["dense", "", "", *_numbers(dense, dense), *[1.0] * len(batches)]]
     for row in metrics["rows"]:
-        times = [row.get("latency", {}).get(str(batch)) for batch in batches]
-        rows.append(
-            [
-                TITLES[row["series"]],
-                row["keep"],
-                TRAINED[row["trained"]],
-                *_numbers(row, dense),
-                *[round(speed_up(t), 2) if t else "" for t in times],
-            ]
-        )
+        name = [TITLES[row["series"]], row["keep"], TRAINED[row["trained"]]]
+        rows.append([*name, *_numbers(row, dense), *speed_ups(row)])
     for row in metrics["thresholds"]:
-        name = f"patch skipping, cosine {row['cosine_threshold']:g}, to {row['attend']}"
-        rows.append([name, "", "", *_numbers(row, dense), *[""] * len(batches)])
+        said = f"cosine {row['cosine_threshold']:g}, to {row['attend']}, {FORMS[row['form']]}"
+        rows.append([f"patch skipping, {said}", "", "", *_numbers(row, dense), *speed_ups(row)])
     if metrics["heads"]:
         rows.append(["CP-ViT, heads", "", "", *_numbers(metrics["heads"]["alone"], dense), *[""] * len(batches)])
         rows.append(["CP-ViT, merging, heads", 0.8, "", *_numbers(metrics["heads"], dense), *[""] * len(batches)])
@@ -64,6 +63,7 @@ def _beside_a(row: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any] | 
         ("dynamic", "classifier"): "frozen predictors, classifier trained",
         ("dynamic", "joint"): "trained jointly",
         ("dynamic-merge", "none"): "frozen predictors, merging what they would drop, nothing else trained",
+        ("dynamic-merge", "ViT"): "frozen predictors, merging what they would drop, ViT trained on",
     }
     kind, sparsity = (row["series"], row["trained"]), round(1 - row["keep"], 3)
     if kind not in settings or sparsity not in published_table("A", 8).column("sparsity"):
@@ -109,31 +109,37 @@ def _beside_c(row: dict[str, Any], metrics: dict[str, Any]) -> list[dict[str, An
         return []
     dense = published_number("C", "text", row="accuracy without skipping, %", column="value")
     saved = 100 * (1 - row["flops"] / metrics["dense"]["flops"])
+    right = _scorers_right(metrics["similarity"]["scorers"][f"{threshold:g}"])
     common = {
-        "setting": f"{metrics['dataset']}, kept patches attend to {row['attend']}",
+        "setting": f"{metrics['dataset']}, kept patches attend to {row['attend']}, {FORMS[row['form']]}",
         "report": "C",
         "table": figure,
         "published_setting": "ViT on CIFAR-100",
-        "note": f"{row['patches_skipped']:.1f} of {_patches(row)} patches skipped, mean over blocks.",
+        "note": f"{row['patches_skipped']:.1f} of {row['patches']} patches skipped, mean over blocks. {right}",
     }
     column = {"lost": "accuracy, %", "saved": "FLOPs saved, %"}
-    return [
+    found = [
         {
             "quantity": f"points lost at cosine threshold {threshold:g}",
             "ours": _lost(row, metrics),
             "published": dense - published_number("C", figure, row=threshold, column=column["lost"]),
             "higher_is_better": False,
             **common,
-        },
-        {
-            "quantity": f"FLOPs saved at cosine threshold {threshold:g}, %",
-            "ours": saved,
-            "published": published_number("C", figure, row=threshold, column=column["saved"]),
-            "higher_is_better": True,
-            **common,
-        },
+        }
     ]
+    if row["form"] == "capacity":  # by threshold all is computed, and then selected
+        found.append(
+            {
+                "quantity": f"FLOPs saved at cosine threshold {threshold:g}, %",
+                "ours": saved,
+                "published": published_number("C", figure, row=threshold, column=column["saved"]),
+                "higher_is_better": True,
+                **common,
+            }
+        )
+    return found
 
 
-def _patches(row: dict[str, Any]) -> int:
-    return row["tokens"][0] - 1
+def _scorers_right(scorer: dict[str, list[float]]) -> str:
+    names = {"accuracy": "The MLP is right on", "commoner": "the commoner answer on", "balanced_accuracy": "balanced"}
+    return ", ".join(f"{name} {100 * sum(scorer[n]) / len(scorer[n]):.1f} %" for n, name in names.items()) + "."

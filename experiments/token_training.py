@@ -1,4 +1,4 @@
-"""Training what token methods learn: predictors, scorers, and the ViT behind them."""
+"""Training what token methods learn: predictors, and the ViT behind them; for scorers see `token_skipping.py`."""
 
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -14,7 +14,7 @@ from experiments.finetuning import FineTuning, steps_of
 from experiments.runs import Run
 from experiments.trained import Base
 from experiments.training import Batch, PyTree
-from prune_jax.tokens import DynamicViT, Masked, PatchSkip, Skipping, dynamic_vit_loss, skip_accuracy, skip_loss, teach
+from prune_jax.tokens import DynamicViT, Masked, dynamic_vit_loss, teach
 
 Loss = Callable[[PyTree, Array, Array, Array], tuple[Array, Mapping[str, Array]]]
 
@@ -66,17 +66,6 @@ def dynamic_loss(method: DynamicViT, base: Base) -> Loss:
         correct = jnp.mean(output.logits.argmax(-1) == labels, dtype=jnp.float32)
         losses = {f"loss_{name}": part for name, part in parts.items()}
         return value, {"accuracy": correct, "kept_at_last": kept, **losses}
-
-    return loss
-
-
-def scorer_loss(method: PatchSkip, cosine_threshold: float) -> Loss:
-    """Cross-entropy of the scorers against the labels that the dense model gives."""
-
-    def loss(params: PyTree, inputs: Array, labels: Array, key: Array) -> tuple[Array, Mapping[str, Array]]:
-        del labels, key
-        seen = cast(Skipping, method.apply({"params": params}, inputs, method="watch"))
-        return skip_loss(seen, cosine_threshold), {"accuracy": skip_accuracy(seen, cosine_threshold).mean()}
 
     return loss
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, finetuning, token_figures, token_methods, token_training, training
+from experiments import data, finetuning, token_figures, token_methods, token_skipping, token_training, training
 from experiments.classification import percent
 from experiments.finetuning import FineTuning
 from experiments.parts import part, recorded
@@ -32,7 +32,6 @@ from prune_jax.tokens import (
     cut_heads,
     layer_ratios,
     least_heads,
-    skip_accuracy,
     token_costs,
 )
 
@@ -81,7 +80,7 @@ def check(config: Config) -> None:
     lowest = min(*config.keep_rates, *config.finetuned, *config.others_finetuned, 1.0)
     if {"cp", "cp-merge"} & set(config.series) and lowest < 0.05:
         raise ValueError(f"CP-ViT keeps at least 0.05 of the patches, got a keep rate of {lowest}")
-    for name in ("calibration_images", "repeats"):
+    for name in ("calibration_images", "scorer_images", "scorer_steps", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
@@ -108,7 +107,7 @@ class _Study:
         self._watch = jax.jit(lambda params, x: scorers.apply({"params": params}, x, method="watch"))
         last = config.cosine_thresholds[-1]
         self.predictors = self._learn_predictors() if self._has("dynamic", "dynamic-merge") else {}
-        self.scorers = {t: self._learn_scorers(t) for t in config.cosine_thresholds} if self._has("skip") else {}
+        self.scorers = self._learn_scorers() if self._has("skip") else {}
         self.seen = jax.device_get(self._watch(self.scorers[last], self.inputs)) if self.scorers else None
 
     def _has(self, *series: str) -> bool:
@@ -155,7 +154,8 @@ class _Study:
                 rows.append(self._row(f"classifier-{keep:g}", "dynamic", keep, "classifier", make))
             for keep in config.joint:
                 rows.append(self._row(f"joint-{keep:g}", "dynamic", keep, "joint", partial(self._joint, keep)))
-        wanted = {"cp": config.finetuned, **dict.fromkeys(("tome", "cp-merge", "skip"), config.others_finetuned)}
+        others = ("tome", "cp-merge", "dynamic-merge", "skip")
+        wanted = {"cp": config.finetuned, **dict.fromkeys(others, config.others_finetuned)}
         for series in [s for s in config.series if s in wanted]:
             for keep in [k for k in wanted[series] if token_methods.reaches(series, k, self.model)]:
                 make = partial(self._finetune, series, keep, token_training.of_the_vit)
@@ -163,12 +163,15 @@ class _Study:
         return rows
 
     def thresholds(self) -> list[Row]:
-        """Patch skipping as reported: all patches whose score is above one half are computed."""
-        return [
-            recorded(self.run, f"threshold-{t:g}-{attend}", partial(self._threshold, t, attend))
-            for t in self.scorers
-            for attend in ("kept", "all")
-        ]
+        """Patch skipping as reported, by threshold, and in the form that truly computes less, as much in the mean."""
+        rows = []
+        for t in self.scorers:
+            for attend in ("kept", "all"):
+                name = f"threshold-{t:g}-{attend}"
+                by_threshold = recorded(self.run, name, partial(self._threshold, t, attend))
+                fixed = partial(self._capacity, t, attend, by_threshold["kept"])
+                rows += [by_threshold, recorded(self.run, f"{name}-capacity", fixed)]
+        return rows
 
     def heads(self) -> Row | None:
         """CP-ViT's cascade of heads, alone and with a fifth of the patches merged."""
@@ -189,12 +192,13 @@ class _Study:
         return recorded(self.run, "heads", make)
 
     def similarity(self) -> dict[str, Any] | None:
-        """How similar each block leaves the patches: mean, and share above each threshold."""
-        if self.seen is None:
+        """How similar each block leaves the patches of test images; how right the scorers of each threshold are."""
+        if not self.scorers:
             return None
-        similarity = np.asarray(self.seen.similarity)
-        above = {f"{t:g}": (similarity >= t).mean(axis=(0, 2)).tolist() for t in self.config.cosine_thresholds}
-        return {"mean": similarity.mean(axis=(0, 2)).tolist(), "above": above}
+        inputs = self.base.prepare(jnp.asarray(self.test.images[: self.config.calibration_images]))
+        said = {t: self._watch(params, inputs) for t, params in self.scorers.items()}
+        mean = np.asarray(next(iter(said.values())).similarity).mean(axis=(0, 2))
+        return {"mean": mean.tolist(), "scorers": {f"{t:g}": token_skipping.quality(s, t) for t, s in said.items()}}
 
     def shown(self) -> list[tuple[str, TokenMethod, PyTree]]:
         """The methods whose decisions are drawn."""
@@ -248,14 +252,18 @@ class _Study:
         own = part(self.run, "predictors")
         return token_training.train(own, self.base, start, loss, plan, token_training.of_the_method, seed=config.seed)
 
-    def _learn_scorers(self, cosine_threshold: float) -> PyTree:
-        config = self.config
+    def _learn_scorers(self) -> dict[float, PyTree]:
+        config, base = self.config, self.base
         method = token_methods.scorers_of(self.model)
-        start = token_methods.begin(method, self.base, config.seed)
-        plan = _plan(config, config.learn_epochs, config.own_learning_rate)
-        loss = token_training.scorer_loss(method, cosine_threshold)
-        own = part(self.run, f"scorers-{cosine_threshold:g}")
-        return token_training.train(own, self.base, start, loss, plan, token_training.of_the_method, seed=config.seed)
+        start = token_methods.begin(method, base, config.seed)
+        seen = token_skipping.observe(method, base, config.scorer_images, config.seed)
+        images = min(config.batch_size, len(seen["means"]))
+        plan = token_skipping.Plan(config.scorer_steps, images, config.scorer_learning_rate)
+        learned = {}
+        for t in config.cosine_thresholds:
+            own = part(self.run, f"scorers-{t:g}")
+            learned[t] = token_skipping.learn(own, base, method, start, seen, t, plan, seed=config.seed)
+        return learned
 
     def _joint(self, keep: float, own: Run) -> PyTree:
         config = self.config
@@ -281,18 +289,29 @@ class _Study:
         method = PatchSkip(self.model, attend=cast(Any, attend))
         trace = jax.jit(lambda p, x: method.apply({"params": p}, x, method="trace"))(params, self.inputs)
         kept = np.asarray(trace.kept).mean(axis=(0, 2))
-        patches = trace.kept.shape[-1]
-        # what the threshold would compute on average, counted as a fixed capacity
-        equal = method.clone(capacity=tuple(np.maximum(kept, 1 / patches).tolist()))
-        seen = self._watch(params, self.inputs)
         return {
+            "form": "threshold",
             "cosine_threshold": cosine_threshold,
             "attend": attend,
             **self._measured(method, params),
-            "flops": self._flops(equal, params),
-            "patches_skipped": float((1 - kept).mean() * patches),
+            "patches": trace.kept.shape[-1],
+            "patches_skipped": float((1 - kept).mean() * trace.kept.shape[-1]),
             "kept": kept.tolist(),
-            "scorer_accuracy": skip_accuracy(seen, cosine_threshold).tolist(),
+        }
+
+    def _capacity(self, cosine_threshold: float, attend: str, kept: list[float], own: Run) -> Row:
+        """Each block computes for every image as many patches as the threshold gives it in the mean."""
+        del own
+        params, patches = self.scorers[cosine_threshold], self.model.grid[0] * self.model.grid[1]
+        method = PatchSkip(self.model, tuple(max(share, 1 / patches) for share in kept), attend=cast(Any, attend))
+        return {
+            "form": "capacity",
+            "cosine_threshold": cosine_threshold,
+            "attend": attend,
+            **self._measured(method, params),
+            "patches": patches,
+            "patches_skipped": patches - float(np.mean(method.counts)),
+            "latency": self._latency(method, params),
         }
 
     def _flops(self, method: nn.Module, params: PyTree) -> int:

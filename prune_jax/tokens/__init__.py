@@ -12,8 +12,18 @@ from prune_jax.tokens.cp_vit import (
 from prune_jax.tokens.dynamic_vit import DynamicViT, Masked, gumbel_keep, teach
 from prune_jax.tokens.losses import dynamic_vit_loss, ratio_loss, token_distillation
 from prune_jax.tokens.merging import ToMe, merge_counts
-from prune_jax.tokens.patch_skip import PatchSkip, Skipping, capacities, skip_accuracy, skip_loss
+from prune_jax.tokens.patch_skip import PatchSkip
 from prune_jax.tokens.protocol import TokenCosts, TokenMethod, Trace, token_costs, wrap
+from prune_jax.tokens.scorers import (
+    Observed,
+    Skipping,
+    balanced_skip_accuracy,
+    capacities,
+    keep_share,
+    skip_accuracy,
+    skip_loss,
+    start_at_shares,
+)
 from prune_jax.tokens.swin_skip import SwinPatchSkip
 
 __all__ = [
@@ -21,6 +31,7 @@ __all__ = [
     "CPViT",
     "DynamicViT",
     "Masked",
+    "Observed",
     "PatchSkip",
     "Skipping",
     "SwinPatchSkip",
@@ -30,16 +41,19 @@ __all__ = [
     "Trace",
     "attention_profile",
     "attention_range",
+    "balanced_skip_accuracy",
     "capacities",
     "cut_heads",
     "dynamic_vit_loss",
     "gumbel_keep",
+    "keep_share",
     "layer_ratios",
     "least_heads",
     "merge_counts",
     "ratio_loss",
     "skip_accuracy",
     "skip_loss",
+    "start_at_shares",
     "teach",
     "token_costs",
     "token_distillation",

@@ -53,6 +53,7 @@ class CPViT(TokenMethod):
       (197, 197, 197, 138, 138, 138, 99, 99, 99, 79, 79, 79)
     """
 
+    model: ViT
     ratios: float | Sequence[float] = 0.0
     merge: bool = False
     queries: Queries = "all"

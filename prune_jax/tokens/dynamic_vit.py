@@ -107,6 +107,7 @@ class DynamicViT(TokenMethod):
       (197, 197, 197, 138, 138, 138, 97, 97, 97, 68, 68, 68)
     """
 
+    model: ViT
     stages: Sequence[int] = (3, 6, 9)
     keep: float | Sequence[float] = 0.7
     merge: bool = False

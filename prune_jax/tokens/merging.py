@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prune_jax.models.layers import each_layer
+from prune_jax.models.vit import ViT
 from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
 from prune_jax.tokens.state import Tokens, absorb, cosines, hand_over, split, start, take
 
@@ -40,6 +41,7 @@ class ToMe(TokenMethod):
     Reference: Bolya et al. 2023, Token Merging: Your ViT But Faster (2210.09461).
     """
 
+    model: ViT
     r: int | Sequence[int] = 8
     proportional: bool = True
 

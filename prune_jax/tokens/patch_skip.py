@@ -1,63 +1,32 @@
 """Patch skipping: patches that a block would hardly change bypass it, and may come back in the next.
 
-A small MLP before each block foresees, from a patch's token, whether the block will change it. It learns from what the
-dense model does: no labels, and no change to the model. The method is that of the report "Pruning Vision Transformers";
-close to it is dynamic token idling (Xu et al. 2023, 2310.05654).
+A small MLP before each block foresees, from a patch's token and the mean of all, whether the block will change it. It
+learns from what the dense model does: no labels, and no change to the model. The method is that of the report "Pruning
+Vision Transformers"; close to it is dynamic token idling (Xu et al. 2023, 2310.05654).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax import Array
 
-from prune_jax.models.layers import Block, dense, each_layer, exact_gelu
+from prune_jax.models.layers import Block, each_layer
+from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
 from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+from prune_jax.tokens.scorers import Observed, Scorer, Skipping, scaled_cosine
 
 AttendTo = Literal["all", "kept"]
-
-
-class Scorer(nn.Module):
-    """D -> hidden -> 1 for each token by itself: a logit, above 0 where the block would change it.
-
-    Attributes:
-      hidden: channels between.
-      compute_dtype: dtype of the matmuls; None keeps float32.
-    """
-
-    hidden: int
-    compute_dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalised tokens (..., D) -> (...), float32."""
-        x = exact_gelu(dense(self.hidden, self.compute_dtype, name="fc1")(x))
-        return dense(1, self.compute_dtype, name="fc2")(x)[..., 0].astype(jnp.float32)
-
-
-class Skipping(NamedTuple):
-    """What the scorers say of a dense run, and what is true.
-
-    Attributes:
-      scores: logits that a patch is to be kept (B, depth, patches).
-      similarity: scaled cosine of each patch's token before and after each block (B, depth, patches), in [0, 1].
-    """
-
-    scores: Array
-    similarity: Array
 
 
 class PatchSkip(TokenMethod):
     """A ViT whose blocks compute only the patches that they are expected to change.
 
-    Scorers read the normalised tokens that a block's attention reads. Two modes:
+    Scorers read the normalised tokens that a block's attention reads, each beside the mean of all. Two modes:
 
     - `capacity`: each block computes a fixed number of patches, those with the highest scores. They are gathered, so
       that the block is truly smaller.
@@ -85,6 +54,7 @@ class PatchSkip(TokenMethod):
       (197, 197, 197, 197, 197, 197, 99, 99, 99, 99, 99, 99)
     """
 
+    model: ViT
     capacity: float | Sequence[float] | None = None
     threshold: float = 0.5
     attend: AttendTo = "all"
@@ -122,7 +92,7 @@ class PatchSkip(TokenMethod):
         kept = []
         for i, (block, count) in enumerate(zip(self.model.blocks, self.counts, strict=True)):
             normed = block.norm1(x)
-            scores = self.scorers[i](normed[:, prefix:]) if count < patches or self.is_initializing() else None
+            scores = self.scorers[i].of_all(normed[:, prefix:]) if count < patches or self.is_initializing() else None
             if scores is None or count == patches:
                 x = block(x, train=train)
                 kept.append(jnp.ones((x.shape[0], patches), bool))
@@ -148,7 +118,7 @@ class PatchSkip(TokenMethod):
         kept = []
         for i, block in enumerate(self.model.blocks):
             if decisions is None:
-                now = keep_above(self.scorers[i](block.norm1(x)[:, prefix:]), self.threshold)
+                now = keep_above(self.scorers[i].of_all(block.norm1(x)[:, prefix:]), self.threshold)
             else:
                 now = decisions[:, i]
             kept.append(now)
@@ -158,19 +128,33 @@ class PatchSkip(TokenMethod):
             x = jnp.where(computed[..., None], block(x, weights=weights, train=train), x)
         return Trace(self.model.head(x), owners(jnp.stack(kept, axis=1)))
 
+    def observe(self, images: Array) -> Observed:
+        """Runs the dense model: what the scorers read, and how similar each block leaves each patch.
+
+        It may be kept, and some of its patches scored again and again by `score`: scorers train without the model.
+        """
+        prefix = self.model.prefix
+        x = self.model.embed(images)
+        tokens, similarity = [], []
+        for block in self.model.blocks:
+            tokens.append(block.norm1(x)[:, prefix:])
+            before, x = x, block(x)
+            similarity.append(scaled_cosine(before[:, prefix:], x[:, prefix:]))
+        seen = jnp.stack(tokens, axis=1)
+        return Observed(seen, seen.mean(axis=2), jnp.stack(similarity, axis=1))
+
+    def score(self, tokens: Array, means: Array) -> Array:
+        """Logits that patches are to be kept (B, depth, patches), of tokens and means as of `Observed`."""
+        scores = [scorer(tokens[:, i], means[:, i]) for i, scorer in enumerate(self.scorers)]
+        return jnp.stack(scores, axis=1)
+
     def watch(self, images: Array) -> Skipping:
         """Runs the dense model; what the scorers say of each block, and how similar it leaves each patch.
 
         ``method.apply(variables, images, method="watch")``; `skip_loss` trains the scorers on it.
         """
-        prefix = self.model.prefix
-        x = self.model.embed(images)
-        scores, similarity = [], []
-        for block, scorer in zip(self.model.blocks, self.scorers, strict=True):
-            scores.append(scorer(block.norm1(x)[:, prefix:]))
-            before, x = x, block(x)
-            similarity.append(scaled_cosine(before[:, prefix:], x[:, prefix:]))
-        return Skipping(jnp.stack(scores, axis=1), jnp.stack(similarity, axis=1))
+        seen = self.observe(images)
+        return Skipping(self.score(seen.tokens, seen.means), seen.similarity)
 
 
 def compute_some(
@@ -204,57 +188,6 @@ def compute_some(
     mixed = block.attention.combine(block.attention.probabilities(q, k, bias=bias), v)
     computed = block.feed_forward(block.add(state.take(x, index), mixed, train=train), train=train)
     return state.put(x, index, computed)
-
-
-def scaled_cosine(a: Array, b: Array) -> Array:
-    """(1 + cos(a, b)) / 2 along the last axis, in [0, 1], float32.
-
-    Example:
-      >>> scaled_cosine(jnp.array([[1.0, 0.0]] * 3), jnp.array([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])).tolist()
-      [1.0, 0.5, 0.0]
-    """
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return 0.5 * (1 + (a * b).sum(axis=-1) / jnp.maximum(norms, 1e-12))
-
-
-def skip_loss(skipping: Skipping, cosine_threshold: float) -> Array:
-    """Cross-entropy of the scorers: the label is keep where a block leaves a patch less similar than the threshold.
-
-    Args:
-      skipping: of `PatchSkip.watch`.
-      cosine_threshold: of the scaled cosine.
-
-    Returns:
-      A scalar in nats, mean over images, blocks and patches.
-    """
-    keep = (skipping.similarity < cosine_threshold).astype(jnp.float32)
-    return optax.losses.sigmoid_binary_cross_entropy(skipping.scores, keep).mean()
-
-
-def skip_accuracy(skipping: Skipping, cosine_threshold: float) -> Array:
-    """Fraction of patches for which the scorers, at one half, say what the labels say: for each block (depth,)."""
-    return ((skipping.scores > 0) == (skipping.similarity < cosine_threshold)).mean(axis=(0, 2))
-
-
-def capacities(scores: Array | np.ndarray, keep: float) -> tuple[float, ...]:
-    """Spreads a keep rate over blocks: each computes as many patches as one threshold on all scores would give it.
-
-    Args:
-      scores: of calibration images (B, depth, patches), `Skipping.scores`.
-      keep: mean over blocks of the fraction of patches computed, in (0, 1].
-
-    Returns:
-      `PatchSkip.capacity`, for each block at least one patch.
-
-    Example:
-      >>> capacities(jnp.array([[[1.0, 2.0, 3.0, 4.0], [4.5, 5.0, 6.0, 0.0]]]), 0.5)
-      (0.25, 0.75)
-    """
-    state.check_fraction("keep", keep)
-    ranked = np.sort(np.asarray(scores), axis=None)
-    cut = ranked[len(ranked) - max(1, round(keep * len(ranked)))]
-    return tuple(np.maximum((np.asarray(scores) >= cut).mean(axis=(0, 2)), 1 / scores.shape[2]).tolist())
 
 
 def keep_above(scores: Array, threshold: float) -> Array:

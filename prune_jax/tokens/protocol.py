@@ -1,4 +1,4 @@
-"""What all token methods have in common: they wrap a ViT, and say what they computed and what it costs."""
+"""What all token methods have in common: they wrap a ViT or Swin, and say what they computed and what it costs."""
 
 from __future__ import annotations
 
@@ -22,35 +22,42 @@ class Trace(NamedTuple):
     Attributes:
       logits: (B, num_classes), float32.
       owner: for each image, block and patch, the patch whose token carried it through the block: itself, the patch it
-        was merged into, or -1, nobody: dropped, or skipped by this block. (B, depth, patches) int32.
+        was merged into, or -1, nobody: dropped, or skipped by this block. (B, depth, patches) int32; of a Swin, whose
+        stages have fewer and fewer patches, a tuple of (B, patches of the block), as are `kept` and `seen`.
     """
 
     logits: Array
-    owner: Array
+    owner: Any
 
     @property
-    def kept(self) -> Array:
+    def kept(self) -> Any:
         """Which patches have a token of their own in each block: (B, depth, patches) bool."""
-        return self.owner == positions(self.owner)
+        return jax.tree.map(lambda owner: owner == positions(owner), self.owner)
 
     @property
-    def seen(self) -> Array:
+    def seen(self) -> Any:
         """Which patches some token carries through each block: (B, depth, patches) bool."""
-        return self.owner != NOBODY
+        return jax.tree.map(lambda owner: owner != NOBODY, self.owner)
 
 
 class TokenMethod(nn.Module):
-    """A ViT that computes fewer tokens. Every method is such a module around any ViT, also a narrowed one.
+    """A ViT or Swin that computes fewer tokens. Every method is such a module around any model, also a narrowed one.
 
-    Its parameters are ``{"model": the ViT's, ...its own}``: `wrap` makes them from trained ones. Being an ordinary
+    Its parameters are ``{"model": the model's, ...its own}``: `wrap` makes them from trained ones. Being an ordinary
     module, it trains, takes masks (`prune_jax.apply_masks`), is counted by `prune_jax.flops` and timed by
     `prune_jax.latency`. What is returned but not used costs nothing under jit.
 
     Attributes:
-      model: the ViT.
+      model: the ViT; `SwinPatchSkip` wraps a Swin.
     """
 
-    model: ViT
+    model: Any
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that `tokens` is said for: those that the ViT takes."""
+        rows, columns = self.model.grid
+        return rows * self.model.patch, columns * self.model.patch
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -72,9 +79,9 @@ class TokenCosts(NamedTuple):
     Attributes:
       tokens: per block, prefix included.
       flops: of one image, as `prune_jax.flops` counts.
-      dense_flops: of one image, of the ViT alone.
+      dense_flops: of one image, of the model alone.
       latency: for each batch size, seconds a batch.
-      dense_latency: likewise, of the ViT alone.
+      dense_latency: likewise, of the model alone.
     """
 
     tokens: tuple[int, ...]
@@ -89,7 +96,7 @@ def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
 
     Args:
       method: the method; its ``model`` is the trained one.
-      variables: ``{"params": ...}`` of the ViT.
+      variables: ``{"params": ...}`` of the model.
       key: for the method's own parts (predictors); used only where it has any.
 
     Returns:
@@ -108,7 +115,7 @@ def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
       >>> sorted(small["params"]), method.tokens, method.apply(small, jnp.zeros((5, 8, 8, 3))).shape
       (['model', 'predictors_0'], (17, 9), (5, 3))
     """
-    images = jnp.zeros((1, *image_shape(method.model, variables)))
+    images = jnp.zeros((1, *image_shape(method, variables)))
     wanted = jax.eval_shape(method.init, key, images)["params"]
     given = variables["params"]
     shapes = [
@@ -129,7 +136,7 @@ def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
 def token_costs(
     method: TokenMethod, variables: Any, *, batches: tuple[int, ...] = (1, 64), repeats: int = 10
 ) -> TokenCosts:
-    """Tokens per block, FLOPs, and measured latency of a method and of the ViT alone.
+    """Tokens per block, FLOPs, and measured latency of a method and of its model alone.
 
     The dense model and the method take turns, call by call, so that both meet the same machine.
 
@@ -143,7 +150,7 @@ def token_costs(
       The costs.
     """
     dense = {"params": variables["params"]["model"]}
-    shape = image_shape(method.model, dense)
+    shape = image_shape(method, dense)
     one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     times: dict[int, Latency] = {}
     dense_times: dict[int, Latency] = {}
@@ -161,11 +168,10 @@ def token_costs(
     )
 
 
-def image_shape(model: ViT, variables: Any) -> tuple[int, int, int]:
-    """Height, width and channels of the images that a ViT with these variables takes."""
-    rows, columns = model.grid
-    channels = np.shape(variables["params"]["embedding"]["kernel"])[0] // model.patch**2
-    return rows * model.patch, columns * model.patch, channels
+def image_shape(method: TokenMethod, variables: Any) -> tuple[int, int, int]:
+    """Height, width and channels of the images that a method takes, its model having these variables."""
+    channels = np.shape(variables["params"]["embedding"]["kernel"])[0] // method.model.patch**2
+    return *method.image_size, channels
 
 
 def patches_of(model: ViT) -> int:

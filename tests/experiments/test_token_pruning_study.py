@@ -2,15 +2,23 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from study_runs import check_figures_come_from_the_logs, run_preset
 
+from experiments import token_skipping, training
+from experiments.config import Options
+from experiments.runs import Run
 from experiments.studies import token_pruning
 from experiments.studies.token_presets import PRESETS
 from experiments.token_figures import decided
 from experiments.token_methods import TITLES, reaches
+from experiments.trained import Base
 from prune_jax.models import ViT
+from prune_jax.tokens import PatchSkip, Skipping
 
 
 @pytest.mark.slow
@@ -22,16 +30,52 @@ def test_all_methods_on_a_tiny_vit(tmp_path) -> None:
     found = {(row["series"], row["trained"]) for row in metrics["rows"]}
     assert {series for series, _ in found} == set(TITLES)
     assert {"none", "classifier", "joint", "ViT"} == {trained for _, trained in found}
+    assert {series for series, trained in found if trained == "ViT"} == set(TITLES) - {"dynamic"}
     for row in metrics["rows"]:
         assert row["flops"] < metrics["dense"]["flops"]
         assert 0 <= row["accuracy"] <= row["top5_accuracy"] <= 100
         assert ("latency" in row) == (row["trained"] == "none")
-    for row in metrics["thresholds"]:
-        assert 0 <= row["patches_skipped"] <= 16
+    check_thresholds(metrics)
     # what is recorded is not made again
     (directory / "result.json").unlink()
     again = run_preset(tmp_path, "token-pruning")[1]
     assert again["metrics"] == metrics
+
+
+def check_thresholds(metrics: dict) -> None:
+    """Each threshold stands for itself, and beside it the form that computes less, with numbers of its own."""
+    forms = [(row["attend"], row["form"]) for row in metrics["thresholds"]]
+    assert forms == [(attend, form) for attend in ("kept", "all") for form in ("threshold", "capacity")]
+    for row in metrics["thresholds"]:
+        assert 0 <= row["patches_skipped"] <= 16
+        assert ("latency" in row) == (row["form"] == "capacity")
+        assert (row["flops"] >= metrics["dense"]["flops"]) == (
+            row["form"] == "threshold" or row["patches_skipped"] == 0
+        )
+    for scorer in metrics["similarity"]["scorers"].values():
+        for share, commoner in zip(scorer["keep_share"], scorer["commoner"], strict=True):
+            assert commoner == max(share, 1 - share)
+        assert all(0 <= x <= 1 for x in (*scorer["accuracy"], *scorer["balanced_accuracy"]))
+
+
+def test_scorers_learn_what_the_commoner_answer_cannot_say(tmp_path) -> None:
+    """On a dense run of made-up tokens, whose first channel says what a block does to a patch."""
+    model = ViT(num_classes=3, image_size=8, patch=2, width=24, depth=2, heads=2)
+    method = PatchSkip(model, hidden=16)
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((128, 2, 8, 24)).astype(np.float32)
+    similarity = np.where(tokens[..., 0] > 0.5, 0.9, 0.99).astype(np.float32)
+    seen = {"tokens": tokens, "means": tokens.mean(axis=2), "similarity": similarity}
+    params = jax.jit(method.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    run = Run("token-pruning", "tiny", tmp_path, Options(), rich.console.Console(quiet=True), ())
+    base = Base(model, params["model"], None, None, None, None, None, {}, training.data_mesh())
+    plan = token_skipping.Plan(steps=160, batch_size=32, learning_rate=3e-2)
+    learned = token_skipping.learn(run, base, method, params, seen, 0.95, plan, seed=0)
+    scores = method.apply({"params": learned}, tokens, seen["means"], method="score")
+    found = token_skipping.quality(Skipping(scores, similarity), 0.95)
+    assert learned["model"] is params["model"]
+    assert min(found["accuracy"]) > max(found["commoner"]) + 0.05
+    assert min(found["balanced_accuracy"]) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -42,6 +86,7 @@ def test_all_methods_on_a_tiny_vit(tmp_path) -> None:
         ({"cosine_thresholds": (1.0,)}, "cosine_thresholds must be between 0 and 1"),
         ({"series": ()}, "need at least one entry"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"scorer_steps": 0}, "scorer_steps must be at least 1, got 0"),
     ],
 )
 def test_wrong_numbers_are_refused(changes, message) -> None:

@@ -8,6 +8,10 @@ from jax import lax
 
 from prune_jax import apply_masks, count_parameters, flops, latency, make_masks, scores
 from prune_jax.models import Swin, ViT
+from prune_jax.tokens import CPViT, DynamicViT, PatchSkip, SwinPatchSkip, ToMe
+
+VIT = ViT(num_classes=10, image_size=64, patch=8, width=192, depth=2, heads=3)
+SWIN = Swin(num_classes=10, width=96, depths=(2, 2), heads=(3, 6), window=4)
 
 
 def by_xla(fn, *args):
@@ -35,17 +39,27 @@ def test_products_count_as_xla_counts_them(fn, args):
 
 
 @pytest.mark.parametrize(
-    ("model", "image"),
+    "model",
     [
-        (ViT(num_classes=10, image_size=64, patch=8, width=192, depth=2, heads=3), 64),
-        (Swin(num_classes=10, width=96, depths=(2, 2), heads=(3, 6), window=4), 64),
+        VIT,
+        SWIN,
+        ToMe(VIT, (13, 10)),
+        DynamicViT(VIT, (0, 1), 0.7),
+        DynamicViT(VIT, (0, 1), 0.7, merge=True),
+        CPViT(VIT, (0.3, 0.2)),
+        CPViT(VIT, (0.3, 0.2), merge=True),
+        PatchSkip(VIT, 0.5),
+        PatchSkip(VIT, 0.5, attend="kept"),
+        SwinPatchSkip(SWIN, 0.5),
     ],
+    ids=lambda model: type(model).__name__,
 )
-def test_whole_models_within_a_few_percent_of_xla(model, image):
-    images = shape(2, image, image, 3)
+def test_whole_models_within_two_percent_of_xla(model):
+    """Dense, and with fewer tokens: XLA counts softmax, norms, GELU, and what sorting and gathering take, too."""
+    images = shape(2, 64, 64, 3)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     ours, xla = flops(model.apply, variables, images), by_xla(model.apply, variables, images)
-    assert ours <= xla <= 1.1 * ours  # XLA counts softmax, norms and GELU too
+    assert ours <= xla <= 1.02 * ours
 
 
 def test_vit_b_by_the_paper():

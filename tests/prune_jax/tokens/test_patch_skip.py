@@ -1,19 +1,23 @@
-"""Patch skipping: both modes agree, skipped patches keep their tokens, scorers learn; ViT and Swin."""
+"""Patch skipping: both modes agree, skipped patches keep their tokens, scorers learn."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from token_models import IMAGES, MODEL, VARIABLES, run, start, wrapped
+from token_models import IMAGES, MODEL, VARIABLES, run, wrapped
 
 from prune_jax import flops
-from prune_jax.models import Swin
-from prune_jax.tokens import PatchSkip, Skipping, SwinPatchSkip, skip_accuracy, skip_loss
+from prune_jax.tokens import (
+    PatchSkip,
+    Skipping,
+    balanced_skip_accuracy,
+    keep_share,
+    skip_accuracy,
+    skip_loss,
+    start_at_shares,
+)
 from prune_jax.tokens.patch_skip import compute_some
-
-SWIN = Swin(num_classes=3, patch=2, window=4, width=(8, 12), depths=(2, 1), heads=(2, 3))
-WIDE = np.random.default_rng(4).standard_normal((2, 18, 12, 3)).astype(np.float32)  # padded, and shifted windows
 
 
 @pytest.mark.parametrize("attend", ["all", "kept"])
@@ -115,32 +119,38 @@ def test_loss_and_accuracy_are_their_formulas():
     np.testing.assert_allclose(skip_accuracy(seen, 0.95), [1.0, 0.5])
 
 
-def test_swin_at_full_capacity_is_dense_exactly():
-    variables = start(SWIN, WIDE)
-    method = SwinPatchSkip(SWIN, 1.0)
-    small = {"params": {**start(method, WIDE, seed=5)["params"], "model": variables["params"]}}
-    trace = run(method, small, WIDE, method="trace")
-    np.testing.assert_array_equal(trace.logits, run(SWIN, variables, WIDE))
-    assert [kept.shape for kept in trace.kept] == [(2, 9, 6), (2, 9, 6), (2, 5, 3)]
+def test_kept_tokens_are_scored_as_in_the_run():
+    method = PatchSkip(MODEL)
+    variables = wrapped(method)
+    seen = run(method, variables, IMAGES, method="observe")
+    assert seen.tokens.shape == (2, 3, 16, 12)
+    some = run(method, variables, seen.tokens[:, :, 3:5], seen.means, method="score")
+    watched = run(method, variables, IMAGES, method="watch")
+    np.testing.assert_allclose(some, watched.scores[:, :, 3:5], atol=1e-5)
+    np.testing.assert_array_equal(seen.similarity, watched.similarity)
 
 
-def test_swin_masked_and_gathered_agree():
-    method = SwinPatchSkip(SWIN, (0.5, 0.25, 0.5))
-    variables = start(method, WIDE)
-    trace = run(method, variables, WIDE, method="trace")
-    masked = run(method, variables, WIDE, decisions=trace.kept, method="trace")
-    np.testing.assert_allclose(masked.logits, trace.logits, atol=1e-5)
-    assert not all(kept.all() for kept in trace.kept)
-    dense = {"params": variables["params"]["model"]}
-    assert flops(method.apply, variables, WIDE) < flops(SWIN.apply, dense, WIDE)
+def test_balanced_accuracy_and_shares_count_each_kind_by_itself():
+    rng = np.random.default_rng(3)
+    scores, similarity = rng.standard_normal((2, 4, 3, 5)).astype(np.float32)
+    seen = Skipping(scores, np.abs(similarity) * np.array([[1], [0.1], [2]], np.float32))
+    keep, says = seen.similarity < 0.6, seen.scores > 0
+    assert keep[:, 1].all()
+    by_hand = [np.mean([(says[:, i] == k)[keep[:, i] == k].mean() for k in np.unique(keep[:, i])]) for i in range(3)]
+    np.testing.assert_allclose(balanced_skip_accuracy(seen, 0.6), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(keep_share(seen.similarity, 0.6), keep.mean((0, 2)), rtol=1e-6)
+    # a Swin's tuples, an array a block
+    apart = Skipping(tuple(seen.scores.swapaxes(0, 1)), tuple(seen.similarity.swapaxes(0, 1)))
+    for measure in (balanced_skip_accuracy, skip_accuracy, skip_loss):
+        np.testing.assert_allclose(measure(apart, 0.6), measure(seen, 0.6), rtol=1e-5)
+    np.testing.assert_allclose(keep_share(apart.similarity, 0.6), keep_share(seen.similarity, 0.6), rtol=1e-6)
 
 
-def test_swin_scorers_decide_in_threshold_mode():
-    method = SwinPatchSkip(SWIN)
-    variables = start(method, WIDE)
-    scores, similarity = run(method, variables, WIDE, method="watch")
-    kept = run(method, variables, WIDE, method="trace").kept
-    np.testing.assert_array_equal(kept[0], scores[0] > 0)
-    assert all(((s >= 0) & (s <= 1)).all() for s in similarity)
-    with pytest.raises(ValueError, match="capacity must be one value or a sequence of 3"):
-        SwinPatchSkip(SWIN, (0.5, 0.5))
+def test_training_starts_at_the_commoner_answer():
+    method = PatchSkip(MODEL)
+    params = start_at_shares(wrapped(method)["params"], jnp.array([0.2, 0.7, 0.0]))
+    quiet = {n: {**params[n], "fc2": {**params[n]["fc2"], "kernel": jnp.zeros((1, 1))}} for n in params if n != "model"}
+    scores = run(method, {"params": {**params, **quiet}}, IMAGES, method="watch").scores
+    chances = jax.nn.sigmoid(scores)
+    np.testing.assert_allclose(chances, np.broadcast_to(np.array([0.2, 0.7, 1e-3])[:, None], (2, 3, 16)), rtol=1e-4)
+    assert params["model"] is wrapped(method)["params"]["model"]

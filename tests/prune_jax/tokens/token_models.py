@@ -11,7 +11,15 @@ from prune_jax.tokens import CPViT, DynamicViT, PatchSkip, ToMe
 
 MODEL = ViT(num_classes=3, image_size=16, patch=4, width=12, depth=3, heads=3)
 IMAGES = np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
-DENSE = [DynamicViT(MODEL, (1, 2), 1.0), CPViT(MODEL), PatchSkip(MODEL, 1.0), ToMe(MODEL, 0)]
+DENSE = [
+    DynamicViT(MODEL, (1, 2), 1.0),
+    DynamicViT(MODEL, (0, 2), (1.0, 1.0), merge=True),
+    CPViT(MODEL),
+    CPViT(MODEL, merge=True, queries="prefix"),
+    PatchSkip(MODEL, 1.0),
+    PatchSkip(MODEL, 1.0, attend="kept"),
+    ToMe(MODEL, 0),
+]
 SPARSE = [
     DynamicViT(MODEL, (0, 2), 0.5),
     DynamicViT(MODEL, (1, 2), (0.5, 0.25), merge=True),
