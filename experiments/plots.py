@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 _INK, _MUTED, _GRID = "#222222", "#666666", "#dddddd"
 _COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02", "#35978f")
@@ -239,7 +240,8 @@ def panels(
     axes[0].set_ylabel(y_label, color=_INK)
     if log_y:
         axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_formatter("{x:g}")
+        for set_formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     if y_limits != (None, None):
         axes[0].set_ylim(*y_limits)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
