@@ -21,7 +21,9 @@ from prune_jax.scores import taylor
 
 CNNS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
+    "resnet20-half": partial(ResNet, (3, 3, 3), 8),
     "vgg-a": vgg_a,
+    "vgg-a-quarter": partial(vgg_a, 0.25),
     "vgg-small": partial(VGG, ((8,), (16, 16)), hidden=(16,)),
 }
 

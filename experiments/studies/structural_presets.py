@@ -18,7 +18,7 @@ class Config:
 
     Attributes:
       network: "trained" is the ViT or Swin of the run `base`; a CNN is trained first, in a folder of this run.
-        "vgg-small" is for images of 8x8.
+        Its name says which share of the channels it has; "vgg-small" is for images of 8x8.
       base: name of a finished run of the study `vit`.
       dataset: of a CNN.
       images: of a CNN: only the first so many of each split, to try things out; None: all.
@@ -48,7 +48,7 @@ class Config:
       latency_calls: timed calls of the dense and of the cut network, in turns.
     """
 
-    network: Literal["trained", "resnet20", "vgg-a", "vgg-small"] = "trained"
+    network: Literal["trained", "resnet20", "resnet20-half", "vgg-a", "vgg-a-quarter", "vgg-small"] = "trained"
     base: str = "cpu-0"
     dataset: str = "cifar10"
     images: int | None = None
@@ -125,6 +125,18 @@ PRESETS = {
         "the Swin of three stages of `vit swin-gpu`",
         "an hour on a GPU (not run here)",
         "at most 4 points lost at 50 % of the units",
+    ),
+    "resnet20-cpu": Preset(
+        replace(_CPU_SHORT, network="resnet20-half", base_epochs=3.0),
+        "ResNet-20 of half the channels on CIFAR-10, trained here for 3 epochs first",
+        "15 min on one CPU core (not run here)",
+        "what recovery and a quarter of an epoch give back to a residual network",
+    ),
+    "vgg-a-cpu": Preset(
+        replace(_CPU_SHORT, network="vgg-a-quarter", base_epochs=3.0),
+        "VGG-A of a quarter of the channels on CIFAR-10, trained here for 3 epochs first",
+        "15 min on one CPU core (not run here)",
+        "what recovery and a quarter of an epoch give back to a VGG",
     ),
     "resnet20": Preset(
         replace(_GPU, network="resnet20", batch_size=128, epochs=5.0),
