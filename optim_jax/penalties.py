@@ -204,7 +204,10 @@ def assign_penalties(penalty: Penalty | PenaltyRule | Callable[..., Penalty | No
     elif callable(penalty):
         assign = penalty
     else:
-        raise TypeError(f"penalty must be a Penalty, a PenaltyRule or a function of (path, shape), got {penalty!r}.")
+        raise TypeError(
+            f"penalty must be a Penalty, a PenaltyRule or a function of (path, shape), got {penalty!r}; under "
+            f"optax.inject_hyperparams, which takes functions for schedules, wrap the function in PenaltyRule."
+        )
 
     matched = False
 
