@@ -88,9 +88,11 @@ def path_masks(
         for i, part in zip(ranked, keep, strict=True):
             masks[i] = jnp.broadcast_to(part.reshape(records[i].shape), weights[i].shape)
     for i in pruned if biases else []:
-        bias, units = _beside(names, i, "bias"), jnp.any(masks[i], axis=tuple(range(weights[i].ndim - 1)))
-        if bias is not None and weights[bias].shape == units.shape:
-            masks[bias] = units if masks[bias] is None else units & masks[bias]
+        bias, mask = _beside(names, i, "bias"), masks[i]
+        units = jnp.any(mask, axis=tuple(range(mask.ndim - 1))) if mask is not None else None
+        if bias is not None and units is not None and weights[bias].shape == units.shape:
+            other = masks[bias]
+            masks[bias] = units if other is None else units & other
     return tree.unflatten(masks)
 
 
