@@ -5,8 +5,8 @@
 All competitors stay compiled and take turns, and each turn's time is divided by the plain base's in the same round, so
 that a drifting machine cancels out. Times are CPU time of this process, so that other processes count less: pin it to
 one core, or the threads' times add up. "Alone" applies a given gradient in a jitted `lax.scan` of many steps;
-"training" is a whole step of a network with these parameters, gradient included, in a jitted call of its own. State is
-donated in both.
+"training" is a whole step of the studies' LeNet or VGG-A, gradient included, in a jitted call of its own. State is
+donated in both. "path" also returns `layer_sparsity` from every step.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from benchmarks.provenance import provenance
-from experiments.models.conv import convolve, max_pool
-from optim_jax import dessilbi
+from experiments.models.conv import for_steps
+from experiments.models.lenet import LeNet
+from experiments.models.vgg import vgg_a
+from optim_jax import dessilbi, layer_sparsity
 
-Layers = tuple[tuple[int, ...], ...]  # kernel shapes, HWIO and (in, out); a 0 stands for a 2x2 max-pooling
 
-LENET: Layers = ((5, 5, 1, 6), (0,), (5, 5, 6, 16), (0,), (5, 5, 16, 120), (120, 84), (84, 10))
-VGG_A: Layers = (
-    *((3, 3, 3, 64), (0,), (3, 3, 64, 128), (0,), (3, 3, 128, 256), (3, 3, 256, 256), (0,)),
-    *((3, 3, 256, 512), (3, 3, 512, 512), (0,), (3, 3, 512, 512), (3, 3, 512, 512), (0,)),
-    *((512, 512), (512, 512), (512, 10)),
-)
+class Setting(NamedTuple):
+    """A network, the shape of its images, and steps of a turn: of the optimizer alone, and of training."""
+
+    model: nn.Module
+    image: tuple[int, int, int]
+    alone: int
+    training: int
+
+
+NETWORKS = {"LeNet": Setting(LeNet(), (28, 28, 1), 500, 5), "VGG-A-BN": Setting(vgg_a(), (32, 32, 3), 10, 1)}
 
 BASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
@@ -43,58 +49,46 @@ BASES: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
-def init(layers: Layers) -> list[dict[str, jax.Array]]:
-    """He-normal kernels; a convolution also has the scale and bias of its BatchNorm, a dense layer its bias."""
-    params = []
-    for i, shape in enumerate(layers):
-        if shape != (0,):
-            kernel = jax.nn.initializers.he_normal()(jax.random.key(i), shape)
-            norm = {"scale": jnp.ones(shape[-1])} if len(shape) == 4 else {}
-            params.append({"kernel": kernel, "bias": jnp.zeros(shape[-1]), **norm})
-    return params
-
-
-def loss(params: list[dict[str, jax.Array]], batch: tuple[jax.Array, jax.Array], layers: Layers) -> jax.Array:
-    """Cross-entropy of the network that `layers` draws, with BatchNorm on the batch's statistics."""
-    x, labels = batch
-    remaining = iter(params)
-    for shape in layers:
-        if shape == (0,):
-            x = max_pool(x)
-            continue
-        layer = next(remaining)
-        if len(shape) == 4:
-            x = convolve(x, layer["kernel"], (1, 1), "SAME")
-            x = jax.nn.standardize(x, axis=(0, 1, 2)) * layer["scale"].reshape(1, 1, 1, -1)
-            x = jax.nn.relu(x + layer["bias"].reshape(1, 1, 1, -1))
-        else:
-            x = x.mean((1, 2)) if x.ndim == 4 else jax.nn.relu(x)
-            x = x @ layer["kernel"] + layer["bias"].reshape(1, -1)
-    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
-
-
 class Competitor:
-    """An optimizer that advances its own copy of the parameters; alone if there is no batch to train on."""
+    """An optimizer that advances its own copy of the parameters: alone, or training on the batch.
 
-    def __init__(self, optimizer: optax.GradientTransformation, layers: Layers, batch: Any, steps: int) -> None:
-        params = init(layers)
+    Args:
+      optimizer: any.
+      setting: the network, and how many steps a turn has.
+      batch: images and labels.
+      train: whether the gradient is the loss's, computed in each step, or given.
+      watch: whether each step also returns the path, `layer_sparsity`.
+    """
+
+    def __init__(
+        self, optimizer: optax.GradientTransformation, setting: Setting, batch: Any, *, train: bool, watch: bool
+    ) -> None:
+        model = for_steps(setting.model, 1)
+        images, labels = batch
+        variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
+        params, stats = variables["params"], variables.get("batch_stats", {})
         given = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
-        self.in_a_call = steps if batch is None else 1
-        self.calls = steps // self.in_a_call
+        self.in_a_call, self.calls = (1, setting.training) if train else (setting.alone, 1)
         self.carry = params, optimizer.init(params)
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.carry[1]))
 
+        def loss(params: Any) -> jax.Array:
+            # Normalised by the batch, as in training; new running statistics are not kept.
+            logits, _ = model.apply(
+                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
         def step(carry: Any, gradient: Any) -> Any:
             params, state = carry
-            gradient = gradient if batch is None else jax.grad(loss)(params, batch, layers)
-            updates, state = optimizer.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
+            updates, state = optimizer.update(jax.grad(loss)(params) if train else gradient, state, params)
+            return (optax.apply_updates(params, updates), state), layer_sparsity(state) if watch else None
 
         @functools.partial(jax.jit, donate_argnums=0)
         def advance(carry: Any, gradient: Any) -> Any:
             if self.in_a_call == 1:
                 return step(carry, gradient)
-            return jax.lax.scan(lambda carry, _: (step(carry, gradient), None), carry, length=self.in_a_call)[0]
+            return jax.lax.scan(lambda carry, _: step(carry, gradient), carry, length=self.in_a_call)
 
         self.advance = functools.partial(advance, gradient=given)
 
@@ -102,21 +96,27 @@ class Competitor:
         """Return the CPU seconds of one step."""
         start = time.process_time()
         for _ in range(self.calls):
-            self.carry = self.advance(self.carry)
-        jax.block_until_ready(self.carry)
+            self.carry, path = self.advance(self.carry)
+        jax.block_until_ready((self.carry, path))
         return (time.process_time() - start) / (self.calls * self.in_a_call)
 
 
-def compare(name: str, base_name: str, layers: Layers, batch: Any, steps: int, rounds: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, base_name: str, setting: Setting, batch: Any, *, train: bool, rounds: int
+) -> list[dict[str, Any]]:
     """Print and return one row a competitor: milliseconds (median and least), ratio to the base, state a parameter."""
     base = BASES[base_name]
     optimizers = {
         base_name: base(0.01),
         "dessilbi": dessilbi(base(1.0), 0.01),
+        "dessilbi, path": dessilbi(base(1.0), 0.01),
         "dessilbi, no record": dessilbi(base(1.0), 0.01, record=False),
         "dessilbi, inside": dessilbi(base(1.0), 0.01, coupling="inside"),
     }
-    arms = {key: Competitor(optimizer, layers, batch, steps) for key, optimizer in optimizers.items()}
+    arms = {
+        key: Competitor(optimizer, setting, batch, train=train, watch=key.endswith("path"))
+        for key, optimizer in optimizers.items()
+    }
     for arm in arms.values():
         arm.turn()
     times: dict[str, list[float]] = {key: [] for key in arms}
@@ -150,20 +150,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=32, help="images in a training step")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     record, rows = provenance(), []
     print(f"{'':28} {'base':9} {'optimizer':20} {'ms a step (least)':>22} {'ratio':>8} bytes a parameter")
-    for network, layers, image, alone, training in (
-        ("LeNet", LENET, (28, 28, 1), 500, 5),
-        ("VGG-A-BN", VGG_A, (32, 32, 3), 10, 1),
-    ):
-        images = jax.random.normal(jax.random.key(0), (arguments.batch, *image))
+    for network in arguments.networks:
+        setting = NETWORKS[network]
+        images = jax.random.normal(jax.random.key(0), (arguments.batch, *setting.image))
         batch = images, jnp.arange(arguments.batch) % 10
         for base_name in BASES:
-            rows += compare(f"{network}, optimizer alone", base_name, layers, None, alone, arguments.rounds)
-            label = f"{network}, training, batch {arguments.batch}"
-            rows += compare(label, base_name, layers, batch, training, arguments.rounds)
+            for train, label in ((False, "optimizer alone"), (True, f"training, batch {arguments.batch}")):
+                rows += compare(f"{network}, {label}", base_name, setting, batch, train=train, rounds=arguments.rounds)
     if arguments.out:
         arguments.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
 

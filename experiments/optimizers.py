@@ -75,39 +75,47 @@ def penalty(dense: float, filters: float = 1.0) -> PenaltyRule:
 
 def proximal(
     base: optax.GradientTransformation,
-    rate: optax.Schedule,
-    strength: float,
+    rate: optax.ScalarOrSchedule,
+    strength: optax.ScalarOrSchedule,
     penalty: Penalty | PenaltyRule,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Proximal gradient: W' = prox of rate * strength * penalty at W + the base's update.
 
     Args:
       base: any optimizer, its learning rate included.
-      rate: the same learning rate, for the threshold.
-      strength: weight of the penalty in the loss.
+      rate: the same learning rate, for the threshold; a number or a schedule.
+      strength: weight of the penalty in the loss; a number or a schedule.
       penalty: as for `dessilbi`; must be positively homogeneous of degree one, as group lasso and L1 are.
+
+    Returns:
+      A transform whose updates have the parameters' dtypes.
     """
+    wrapped = optax.with_extra_args_support(base)
 
     def init(params: optax.Params) -> tuple[jax.Array, optax.OptState]:
-        return jnp.zeros([], jnp.int32), base.init(params)
+        return jnp.zeros([], jnp.int32), wrapped.init(params)
 
     def update(
-        updates: optax.Updates, state: tuple[jax.Array, optax.OptState], params: optax.Params | None = None
+        updates: optax.Updates,
+        state: tuple[jax.Array, optax.OptState],
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[jax.Array, optax.OptState]]:
         if params is None:
             raise ValueError("params must be given to proximal, as update(updates, state, params), got None.")
         step, inner = state
-        updates, inner = base.update(updates, inner, params)
-        threshold = jnp.maximum(rate(step) * strength, jnp.finfo(jnp.float32).tiny)
+        updates, inner = wrapped.update(updates, inner, params, **extra_args)
+        weighed, by = (value(step) if callable(value) else value for value in (rate, strength))
+        threshold = jnp.maximum(jnp.float32(weighed * by), jnp.finfo(jnp.float32).tiny)
 
         def shrunk(rule: Penalty, w: jax.Array, u: jax.Array) -> jax.Array:
-            return (threshold * rule.prox((w + u) / threshold) - w).astype(u.dtype)
+            return threshold * rule.prox((w + u) / threshold) - w
 
         structured = map_structured(shrunk, assign_penalties(penalty, params), params, updates)
-        chosen = jax.tree.map(lambda u, s: u if s is None else s, updates, structured)
+        chosen = jax.tree.map(lambda u, w, s: (u if s is None else s).astype(w.dtype), updates, params, structured)
         return chosen, (optax.safe_increment(step), inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def schedule(
@@ -150,30 +158,40 @@ class AveragingState(NamedTuple):
     average: optax.Params
 
 
-def averaging(base: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+def averaging(base: optax.GradientTransformation, decay: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     """The base, which also keeps an exponential moving average of the parameters: a' = decay a + (1 - decay) W'.
 
     Args:
       base: any optimizer, its learning rate included.
       decay: in [0, 1); the average reaches back some 1 / (1 - decay) steps. It starts at the first parameters, whose
-        weight is decay ** steps.
+        weight is decay ** steps. A number; a schedule of it goes through `optax.inject_hyperparams`.
+
+    Returns:
+      A transform whose updates have the parameters' dtypes; the average is kept in float32 at least.
     """
+    wrapped = optax.with_extra_args_support(base)
 
     def update(
-        updates: optax.Updates, state: AveragingState, params: optax.Params | None = None
+        updates: optax.Updates, state: AveragingState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AveragingState]:
         if params is None:
             raise ValueError("params must be given to averaging, as update(updates, state, params), got None.")
-        updates, inner = base.update(updates, state.base, params)
+        updates, inner = wrapped.update(updates, state.base, params, **extra_args)
+        updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, params)
         now = optax.apply_updates(params, updates)
-        average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, now)
+        average = jax.tree.map(
+            lambda a, w: (decay * a + (1 - decay) * w.astype(a.dtype)).astype(a.dtype), state.average, now
+        )
         return updates, AveragingState(inner, average)
 
-    def init(params: optax.Params) -> AveragingState:
+    def wide(w: jax.Array) -> jax.Array:
         # A copy, because a buffer that is in a state twice cannot be donated.
-        return AveragingState(base.init(params), jax.tree.map(jnp.copy, params))
+        return jnp.copy(w).astype(jnp.promote_types(w.dtype, jnp.float32))
 
-    return optax.GradientTransformation(init, update)
+    def init(params: optax.Params) -> AveragingState:
+        return AveragingState(wrapped.init(params), jax.tree.map(wide, params))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def average_of(state: Any) -> optax.Params:

@@ -22,7 +22,7 @@ def relative_adam(
     max_norm: float = 0.1,
     floor: float = 1e-3,
     reference_width: int = 64,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam whose steps are fractions of the weights' own size at the start.
 
     u = -learning_rate * unit * m / sqrt(v), with unit = max(rms(w_0), floor) for each leaf, times
@@ -41,7 +41,7 @@ def relative_adam(
       reference_width: number of inputs from which on the unit of matrices shrinks.
 
     Returns:
-      An optax transform, over any pytree.
+      An optax transform, over any pytree; updates have the dtypes of the parameters that `init` saw.
 
     Example:
       >>> params = {"w": jnp.full((4, 4), 0.01)}
@@ -62,7 +62,7 @@ def relative_adam(
         updates: optax.Updates, state: UnitState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, UnitState]:
         del params  # the size at the start counts, not the present one
-        return jax.tree.map(lambda d, u: u.astype(d.dtype) * d, updates, state.unit), state
+        return jax.tree.map(lambda d, u: (u.astype(d.dtype) * d).astype(u.dtype), updates, state.unit), state
 
     return optax.chain(
         optax.clip_by_global_norm(max_norm),

@@ -4,14 +4,13 @@ from optim_jax.dessilbi import NEVER, DessiLBIState, dessilbi
 from optim_jax.path import (
     activation_order,
     layer_sparsity,
-    path_masks,
-    prune_by_path,
     restrict_to_support,
     sparse_params,
     support_masks,
 )
 from optim_jax.penalties import L1, GroupLasso, Penalty, PenaltyRule, SparseGroup, assign_penalties, default_penalty
 from optim_jax.probes import GradientProbe, probe_gradients
+from optim_jax.pruning import path_masks, prune_by_path
 
 __all__ = [
     "L1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from optim_jax.base_sign import base_sign
 from optim_jax.penalties import Penalty, PenaltyRule, assign_penalties, default_penalty, map_structured
 
 NEVER = 2**31 - 1
@@ -47,6 +48,7 @@ def dessilbi(
     penalty: Penalty | PenaltyRule = default_penalty,
     coupling: str = "outside",
     record: bool = True,
+    base_is_direction: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Deep structurally splitting linearised Bregman iteration around any optax transform.
 
@@ -59,8 +61,8 @@ def dessilbi(
         Gamma' = kappa * prox(Z')                                   Z = Gamma = 0 at the start
 
     Leaves without a penalty follow W' = W - learning_rate * kappa * d. The coupling stays outside the base's moments,
-    as in the authors' code; `coupling="inside"` adds (W - Gamma) / mu to the gradient that the base sees, as in the
-    paper. For plain gradient descent both are the same.
+    as in the authors' code; `coupling="inside"` adds (W - Gamma) / mu to the gradient that the base sees, so that the
+    base descends the augmented loss itself. For plain gradient descent, the paper's iteration, both are the same.
 
     A group comes alive when its Z has grown beyond the threshold 1: after about mu / (learning_rate * ||W_g||) steps if
     the loss holds W there. What the loss does not hold decays, its Z tends to W / kappa, and it never comes alive if
@@ -69,16 +71,20 @@ def dessilbi(
     Args:
       base: the optimizer to wrap, with learning rate 1: `optax.sgd(1.0, momentum=0.9)`, `optax.adamw(1.0)`. Its updates
         are multiplied by `learning_rate * kappa`. A bare direction, such as `optax.trace(0.9)`,
-        `optax.scale_by_adam()` or `optax.identity()`, does as well: which of the two it is, is found by trying it once
-        on a 2x2 array. A base that cannot be tried so, since it was made for one tree or needs extra arguments, is
-        taken for an optimizer.
+        `optax.scale_by_adam()` or `optax.identity()`, does as well, see `base_is_direction`.
       learning_rate: step size, a number or a schedule of the step count.
       kappa: damping factor > 0 of Gamma and of the weights' steps, a number or a schedule.
       mu: > 0, strength of the coupling is 1 / mu; a number or a schedule.
       penalty: which structure to look for, see `PenaltyRule`. Default: output filters of 4-d kernels (HWIO), elements
-        of 2-d kernels, no structure elsewhere. One `Penalty` goes to every leaf of two or more dimensions.
+        of 2-d kernels, no structure elsewhere. One `Penalty` goes to every leaf of two or more dimensions. A function
+        of path and shape does as well, but not under `optax.inject_hyperparams`, which takes every function for a
+        schedule and calls it with the step count alone: wrap it in `PenaltyRule`.
       coupling: "outside" or "inside".
       record: whether to note when each group comes alive, for `activation_order` and `prune_by_path`.
+      base_is_direction: whether the base's updates follow the gradient (True) or lead downhill (False). None: found in
+        `init`, by trying the base for two steps on a small tree with the structure of `params`. A base that cannot be
+        tried so, since it needs arrays of other shapes or extra arguments, or that then moves nothing, must be given
+        with the answer.
 
     Returns:
       An optax transform. Its updates have the parameters' dtypes; Z takes 4 bytes a structured parameter and the
@@ -87,8 +93,9 @@ def dessilbi(
 
     Raises:
       TypeError: if `base` is no optax transform, a number none, such as `learning_rate=None`, or `penalty` no penalty.
-      ValueError: if `learning_rate` is negative, `kappa` or `mu` not positive, `coupling` unknown, `penalty` matches no
-        leaf (in `init`), or `params` is None (in `update`).
+      ValueError: if `learning_rate` is negative, `kappa` or `mu` not positive, one of them infinite or an array of
+        several, `coupling` unknown, `penalty` matches no leaf or the base's direction is not found (in `init`), or
+        `params` is None (in `update`).
 
     Example:
       >>> import optim_jax
@@ -115,6 +122,8 @@ def dessilbi(
 
     def init(params: optax.Params) -> DessiLBIState:
         penalties = assign_penalties(penalty, params)
+        base_state = inner.init(params)
+        base_sign(base, base_is_direction, params)  # a base that would go uphill is refused before the first step
 
         def never(p: Penalty, z: Array) -> Array:
             # Computed from Z, where nothing is active, rather than filled: so it is sharded as Z is.
@@ -128,7 +137,7 @@ def dessilbi(
             first_active=map_structured(never, penalties, z) if record else None,
             gamma_scale=_number_at(kappa, start),
             penalty=penalties,
-            base=inner.init(params),
+            base=base_state,
         )
 
     def update(
@@ -154,7 +163,8 @@ def dessilbi(
         if coupling == "inside":
             updates = plus_pull(updates, 1.0)
         directions, base_state = inner.update(updates, state.base, params, **extra_args)
-        steps = jax.tree.map(lambda d: _times(_sign(base) * rate * scale, _wide(d)), directions)
+        length = base_sign(base, base_is_direction, params) * rate * scale
+        steps = jax.tree.map(lambda d: _times(length, _wide(d)), directions)
         if coupling == "outside":
             steps = plus_pull(steps, -rate * scale)
         return jax.tree.map(lambda s, w: s.astype(w.dtype), steps, params), DessiLBIState(
@@ -186,22 +196,14 @@ def _number_at(number: optax.ScalarOrSchedule, step: Array) -> Array:
     return jnp.asarray(number(step) if callable(number) else number, float)
 
 
-@functools.lru_cache(maxsize=64)
-def _sign(base: optax.GradientTransformation) -> int:
-    """Return 1 if the base's updates lead downhill, as an optimizer's do, and -1 if they follow the gradient."""
-    with jax.ensure_compile_time_eval():
-        gradient, params = [jnp.array([[1.0, -0.5], [0.3, 0.2]])], [jnp.zeros((2, 2))]
-        try:
-            update, _ = base.update(gradient, base.init(params), params)
-        except Exception:  # made for one tree, or in need of extra arguments: documented as taken for an optimizer
-            return 1
-        return -1 if jnp.vdot(update[0], gradient[0]) > 0 else 1
-
-
 def _check_number(name: str, value: Any) -> None:
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value):
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | Array):
         raise TypeError(f"{name} must be a number or a schedule of the step count, got {value!r}.")
-    if not (value >= 0 if name == "learning_rate" else value > 0):
-        raise ValueError(f"{name} must be {'>= 0' if name == 'learning_rate' else '> 0'}, got {value}.")
+    if np.ndim(value):
+        raise ValueError(f"{name} must be a single number, got an array of shape {np.shape(value)}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not (value >= 0 if name == "learning_rate" else value > 0) or math.isinf(value):
+        raise ValueError(f"{name} must be {'>= 0' if name == 'learning_rate' else '> 0'} and finite, got {value}.")

@@ -1,18 +1,16 @@
-"""What DessiLBI's path tells: the sparse weights, the order in which groups came alive, and pruning by that order."""
+"""What DessiLBI's path tells: the sparse weights, and the order in which groups came alive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
 from optim_jax.dessilbi import DessiLBIState
-from optim_jax.penalties import Penalty, leaf_name, map_structured
+from optim_jax.penalties import Penalty, map_structured
 
 
 def sparse_params(state: Any) -> Any:
@@ -29,9 +27,13 @@ def sparse_params(state: Any) -> Any:
 
     Example:
       >>> import optax, optim_jax
-      >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
-      >>> jax.tree.map(jnp.shape, sparse_params(state))
-      {'bias': None, 'kernel': (2, 2)}
+      >>> params = {"bias": jnp.ones(2), "kernel": jnp.array([[3.0, 0.1], [1.5, 0.2]])}
+      >>> optimizer = optim_jax.dessilbi(optax.sgd(1.0), 0.1, mu=0.2)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(2):  # with weights that the loss holds
+      ...     _, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      >>> sparse_params(state)
+      {'bias': None, 'kernel': Array([[1.75, 0.  ], [0.5 , 0.  ]], dtype=float32)}
 
     Reference: Fu et al., "DessiLBI", ICML 2020, arXiv:2007.02010.
     """
@@ -50,9 +52,13 @@ def support_masks(state: Any) -> Any:
 
     Example:
       >>> import optax, optim_jax
-      >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init({"kernel": jnp.ones((2, 2))})
+      >>> params = {"kernel": jnp.array([[3.0, 0.1], [1.5, 0.2]])}
+      >>> optimizer = optim_jax.dessilbi(optax.sgd(1.0), 0.1, mu=0.2)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(2):  # with weights that the loss holds
+      ...     _, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
       >>> print(support_masks(state)["kernel"])
-      [[False False] [False False]]
+      [[ True False] [ True False]]
     """
     return jax.tree.map(lambda gamma: gamma != 0, sparse_params(state))
 
@@ -69,12 +75,15 @@ def restrict_to_support(params: Any, state: Any) -> Any:
 
     Example:
       >>> import optax, optim_jax
-      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-      >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init(params)
-      >>> print(restrict_to_support(params, state))
-      {'bias': Array([1., 1.], dtype=float32), 'kernel': Array([[0., 0.], [0., 0.]], dtype=float32)}
+      >>> params = {"bias": jnp.ones(2), "kernel": jnp.array([[3.0, 0.1], [1.5, 0.2]])}
+      >>> optimizer = optim_jax.dessilbi(optax.sgd(1.0), 0.1, mu=0.2)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(2):  # with weights that the loss holds
+      ...     _, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      >>> restrict_to_support(params, state)
+      {'bias': Array([1., 1.], dtype=float32), 'kernel': Array([[3. , 0. ], [1.5, 0. ]], dtype=float32)}
     """
-    return _masked(params, support_masks(state))
+    return masked(params, support_masks(state))
 
 
 def layer_sparsity(state: Any) -> Any:
@@ -91,14 +100,16 @@ def layer_sparsity(state: Any) -> Any:
 
     Example:
       >>> import optax, optim_jax
-      >>> optimizer, params = optim_jax.dessilbi(optax.sgd(1.0), 0.1, mu=0.1), {"kernel": jnp.array([[1.0, 0.2]])}
+      >>> params = {"kernel": jnp.array([[3.0, 0.1], [2.0, 1.5]])}
+      >>> loss = lambda params: jnp.sum(jnp.square(params["kernel"] - jnp.array([[3.0, 0.1], [2.0, 1.5]])))
+      >>> optimizer = optim_jax.dessilbi(optax.sgd(1.0), 0.1, mu=1.0)
       >>> def body(carry, _):
       ...     params, state = carry
-      ...     updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
       ...     return (optax.apply_updates(params, updates), state), layer_sparsity(state)
-      >>> _, path = jax.lax.scan(body, (params, optimizer.init(params)), length=4)
+      >>> _, path = jax.lax.scan(body, (params, optimizer.init(params)), length=12)
       >>> print(path["kernel"])
-      [1. 1. 1. 1.]
+      [1.   1.   1.   0.75 0.75 0.75 0.5  0.5  0.25 0.25 0.25 0.25]
     """
     state = _find(state)
     return map_structured(lambda p, z: jnp.mean(p.prox(z) == 0, dtype=jnp.float32), state.penalty, state.z)
@@ -120,8 +131,12 @@ def activation_order(state: Any) -> Any:
 
     Example:
       >>> import optax, optim_jax
-      >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init({"kernel": jnp.ones((3, 3, 4, 2))})
-      >>> bool(jnp.all(activation_order(state)["kernel"] == optim_jax.NEVER))
+      >>> params = {"kernel": jnp.array([[3.0, 0.1], [1.5, 0.2]])}
+      >>> optimizer = optim_jax.dessilbi(optax.sgd(1.0), 0.1, mu=0.2)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(2):  # with weights that the loss holds
+      ...     _, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      >>> activation_order(state)["kernel"].tolist() == [[1, optim_jax.NEVER], [2, optim_jax.NEVER]]
       True
     """
     state = _find(state)
@@ -135,106 +150,9 @@ def activation_order(state: Any) -> Any:
     return map_structured(newest, state.penalty, state.first_active, state.z)
 
 
-def path_masks(
-    params: Any,
-    state: Any,
-    fraction: float,
-    *,
-    scope: str = "local",
-    layers: Callable[[str], bool] | None = None,
-    resolution: int = 1,
-) -> Any:
-    """Return masks that cut the groups lowest on the path: late to come alive, and of small norm.
-
-    A group's place is ||W_g||_2 - record_g, as in the official code, where the record counts epochs. Here it counts
-    `resolution` steps, computed so that the norm still tells apart groups of one record after millions of steps.
-
-    Args:
-      params: the weights W.
-      state: as for `sparse_params`.
-      fraction: what to cut, in [0, 1].
-      scope: "local" cuts int(fraction * groups) groups of each leaf; "global" ranks the groups of all leaves together
-        and cuts as many as fit into int(fraction * weights) weights.
-      layers: which leaves to prune, a function of the path such as `"conv3/kernel"`; by default all structured ones.
-      resolution: steps that count as one in the record; the steps of an epoch make the official order.
-
-    Returns:
-      A pytree of bool arrays like `params`, True = keep; None at leaves that are not pruned.
-
-    Raises:
-      ValueError: if `fraction`, `scope` or `resolution` is out of range, if `layers` picks no structured leaf, or if
-        the optimizer was built with `record=False`.
-
-    Example:
-      >>> import optax, optim_jax
-      >>> params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}
-      >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init(params)
-      >>> print(path_masks(params, state, 0.5)["kernel"])
-      [[ True False] [False  True]]
-
-    Reference: Fu et al., "DessiLBI", ICML 2020, arXiv:2007.02010, and its published code.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be in [0, 1], got {fraction}.")
-    if scope not in ("local", "global"):
-        raise ValueError(f"scope must be 'local' or 'global', got {scope!r}.")
-    if resolution < 1:
-        raise ValueError(f"resolution must be a number of steps >= 1, got {resolution}.")
-    tree: Any = jax.tree.structure(params)
-    names = tree.flatten_up_to(jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path), params))
-    weights, records = tree.flatten_up_to(params), tree.flatten_up_to(activation_order(state))
-    structured = [i for i, record in enumerate(records) if record is not None]
-    pruned = [i for i in structured if layers is None or layers(names[i])]
-    if not pruned:
-        raise ValueError(f"layers picks no structured leaf; they are {[names[i] for i in structured]}.")
-
-    masks: list[Array | None] = [None] * len(names)
-    for ranked in [pruned] if scope == "global" else [[i] for i in pruned]:
-        keys = [_rank_keys(weights[i], records[i], resolution) for i in ranked]
-        counts = [records[i].size for i in ranked]
-        size_of = {i: weights[i].size // records[i].size if scope == "global" else 1 for i in ranked}
-        sizes = np.repeat([size_of[i] for i in ranked], counts)
-        whole, rest = (jnp.concatenate(parts) for parts in zip(*keys, strict=True))
-        keep = jnp.split(~_cut_lowest(whole, rest, sizes, fraction), np.cumsum(counts)[:-1])
-        for i, part in zip(ranked, keep, strict=True):
-            masks[i] = jnp.broadcast_to(part.reshape(records[i].shape), weights[i].shape)
-    return tree.unflatten(masks)
-
-
-def prune_by_path(
-    params: Any,
-    state: Any,
-    fraction: float,
-    *,
-    scope: str = "local",
-    layers: Callable[[str], bool] | None = None,
-    resolution: int = 1,
-) -> Any:
-    """Return the weights with the groups lowest on the path set to zero.
-
-    Args:
-      params: the weights W.
-      state: as for `sparse_params`.
-      fraction: what to cut, in [0, 1].
-      scope: as for `path_masks`, like `layers` and `resolution`.
-      layers: see there.
-      resolution: see there.
-
-    Returns:
-      A pytree like `params`; its masks are `path_masks` of the same arguments.
-
-    Raises:
-      ValueError: as `path_masks`.
-
-    Example:
-      >>> import optax, optim_jax
-      >>> params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}
-      >>> state = optim_jax.dessilbi(optax.sgd(1.0), 0.1).init(params)
-      >>> print(prune_by_path(params, state, 0.5)["kernel"])
-      [[3. 0.] [0. 4.]]
-    """
-    masks = path_masks(params, state, fraction, scope=scope, layers=layers, resolution=resolution)
-    return _masked(params, masks)
+def masked(params: Any, masks: Any) -> Any:
+    """Return `params` with zeros where a mask is False; leaves whose mask is None as they are."""
+    return jax.tree.map(lambda w, m: w if m is None else jnp.where(m, w, jnp.zeros_like(w)), params, masks)
 
 
 def _find(state: Any) -> DessiLBIState:
@@ -250,24 +168,3 @@ def _find(state: Any) -> DessiLBIState:
 
     own = found[0]
     return own._replace(z=unmasked(own.z), first_active=unmasked(own.first_active), penalty=unmasked(own.penalty))
-
-
-def _masked(params: Any, masks: Any) -> Any:
-    return jax.tree.map(lambda w, m: w if m is None else jnp.where(m, w, jnp.zeros_like(w)), params, masks)
-
-
-def _rank_keys(w: Array, record: Array, resolution: int) -> tuple[Array, Array]:
-    """Return norm - record, one entry a group, exactly: its whole part as int32 and its fraction in [0, 1)."""
-    summed = tuple(axis for axis in range(w.ndim) if record.shape[axis] == 1)
-    norm = jnp.sqrt(
-        jnp.sum(jnp.square(jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))), axis=summed)
-    ).ravel()
-    whole = jnp.floor(norm)
-    return whole.astype(jnp.int32) - (record.ravel() - 1) // resolution, norm - whole
-
-
-def _cut_lowest(whole: Array, rest: Array, sizes: np.ndarray, fraction: float) -> Array:
-    """Return which groups to cut: from the lowest up, while their sizes sum to int(fraction * all) at most."""
-    lowest_first = jnp.lexsort((rest, whole))
-    fits = jnp.cumsum(jnp.asarray(sizes)[lowest_first]) <= int(fraction * sizes.sum())
-    return jnp.zeros(sizes.shape, bool).at[lowest_first].set(fits)

@@ -117,7 +117,9 @@ class GroupLasso(Penalty):
         if not all(-z.ndim <= axis < z.ndim for axis in kept):
             raise ValueError(f"GroupLasso(axis={self.axis}) needs these axes, but the array has shape {z.shape}.")
         summed = tuple(axis for axis in range(z.ndim) if axis not in kept and axis - z.ndim not in kept)
-        norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(z)), axis=summed, keepdims=True))
+        squared = jnp.sum(jnp.square(jnp.abs(z)), axis=summed, keepdims=True)
+        # The root has no derivative at 0: groups of zeros take another number's, or reverse mode makes 0 * inf of it.
+        norm = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
         size = math.prod(z.shape[axis] for axis in summed)
         return norm, self.strength * (math.sqrt(size) if self.scale_by_size else 1.0)
 
@@ -202,7 +204,10 @@ def assign_penalties(penalty: Penalty | PenaltyRule | Callable[..., Penalty | No
     elif callable(penalty):
         assign = penalty
     else:
-        raise TypeError(f"penalty must be a Penalty, a PenaltyRule or a function of (path, shape), got {penalty!r}.")
+        raise TypeError(
+            f"penalty must be a Penalty, a PenaltyRule or a function of (path, shape), got {penalty!r}; under "
+            f"optax.inject_hyperparams, which takes functions for schedules, wrap the function in PenaltyRule."
+        )
 
     matched = False
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 
@@ -57,8 +56,9 @@ def probe_gradients(loss_fn: Callable[[Any, Any], Array], params: Any, batch: An
         gradient distance  ||grad L(w(eta)) - g||_2
         beta               ||grad L(w(eta)) - g||_2 / ||w(eta) - w||_2, whose maximum is the effective beta
 
-    Both gradients are of the same batch, the displacement is the true one after rounding, and nothing outlives the
-    call. On a quadratic loss beta is the curvature along g: the largest eigenvalue if g is its eigenvector.
+    Both gradients are of the same batch, the displacement is the true one after rounding, norms are summed in float32
+    at least, and nothing outlives the call. On a quadratic loss beta is the curvature along g: the largest eigenvalue
+    if g is its eigenvector.
 
     Costs one gradient of `loss_fn` more than there are step sizes, one after the other, and the memory of one training
     step and three copies of the parameters. Compiled once for each `loss_fn`: define it outside of the training loop.
@@ -109,19 +109,37 @@ def probe_gradients(loss_fn: Callable[[Any, Any], Array], params: Any, batch: An
 def _probe(loss_fn: Callable[[Any, Any], Array], params: Any, batch: Any, step_sizes: Array) -> GradientProbe:
     loss_and_gradient = jax.value_and_grad(loss_fn)
     start_loss, gradient = loss_and_gradient(params, batch)
-    norm = optax.tree.norm(gradient)
+    norm = _norm(gradient)
 
     def at(step_size: Array) -> tuple[Array, Array, Array, Array]:
         moved = jax.tree.map(lambda w, g: w - step_size.astype(w.dtype) * g, params, gradient)
         loss, there = loss_and_gradient(moved, batch)
-        distance = optax.tree.norm(optax.tree.sub(there, gradient))
-        displacement = optax.tree.norm(optax.tree.sub(moved, params))
-        norms = norm * optax.tree.norm(there)
-        return loss, distance, _ratio(distance, displacement), _ratio(optax.tree.vdot(there, gradient), norms)
+        distance = _norm(_difference(there, gradient))
+        displacement = _norm(_difference(moved, params))
+        return loss, distance, _ratio(distance, displacement), _ratio(_dot(there, gradient), norm * _norm(there))
 
     # One step size after the other: the memory of a training step, however many there are.
     loss, distance, beta, cosine = jax.lax.map(at, step_sizes)
     return GradientProbe(loss, distance, beta, cosine, start_loss, norm)
+
+
+def _wide(x: Array) -> Array:
+    """Return x in float32 at least: in float16 the squares of a network's gradient overflow, or vanish."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _difference(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: _wide(x) - _wide(y), a, b)
+
+
+def _dot(a: Any, b: Any) -> Array:
+    # Sums of products, not matrix products, which accelerators compute in a lower precision by default.
+    products = jax.tree.map(lambda x, y: jnp.sum((jnp.conj(_wide(x)) * _wide(y)).real), a, b)
+    return jax.tree.reduce(jnp.add, products)
+
+
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(_dot(tree, tree))
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prune_jax.tree import Prunable, PyTree, is_kernel, is_none, require_params, select
+from prune_jax.tree import Prunable, PyTree, cast_like, is_kernel, is_none, require_params, select
 
 Strength = float | jax.Array | Callable[[jax.Array], jax.Array]
 
@@ -20,7 +20,7 @@ class L1State(NamedTuple):
     step: jax.Array
 
 
-def l1_penalty(strength: Strength, *, prunable: Prunable | None = None) -> optax.GradientTransformation:
+def l1_penalty(strength: Strength, *, prunable: Prunable | None = None) -> optax.GradientTransformationExtraArgs:
     """The gradient of ``strength * ||w||_1`` added to the loss's: ``g + strength * sign(w)``.
 
     Stands before the base optimizer: ``optax.chain(l1_penalty(5e-6), optax.adam(1e-3))``. Weights come near zero, not
@@ -56,7 +56,7 @@ def l1_penalty(strength: Strength, *, prunable: Prunable | None = None) -> optax
 
 def l1_proximal(
     strength: Strength, learning_rate: Strength, *, prunable: Prunable | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The proximal step of ``strength * ||w||_1``: ``w' = soft(w + u, learning_rate * strength)``, exact zeros.
 
     ``u`` is the base optimizer's update and ``soft(z, t) = sign(z) max(|z| - t, 0)``. Stands after the base optimizer:
@@ -68,7 +68,7 @@ def l1_proximal(
         prunable: which leaves are penalised, ``(path, leaf) -> bool``; None = kernels (two or more axes).
 
     Returns:
-        A transform whose ``update`` needs ``params``; updates have the wider of their and the parameters' dtype.
+        A transform whose ``update`` needs ``params``; updates have the parameters' dtype, which they are ready for.
 
     Raises:
         ValueError: strength or learning_rate is negative; (from ``update``) params is None.
@@ -89,20 +89,25 @@ def l1_proximal(
 
     def shrink(weight: jax.Array, update: jax.Array, step: jax.Array) -> jax.Array:
         threshold = _at(learning_rate, step) * _at(strength, step)
-        target = weight + update
+        target = weight + update  # in the wider dtype of the two
         moved = jnp.sign(target) * jnp.maximum(jnp.abs(target) - threshold, 0)
         # weight + (0 - weight) is 0 exactly, so that a weight that is shrunk to zero lands there.
-        return (moved - weight).astype(target.dtype)
+        return moved - weight
 
-    return _on_weights(shrink, prunable, "l1_proximal")
+    return _on_weights(shrink, prunable, "l1_proximal", last=True)
 
 
-def _on_weights(function: Callable, prunable: Prunable | None, name: str) -> optax.GradientTransformation:
-    """``function(weight, update, step)`` on every prunable leaf."""
+def _on_weights(
+    function: Callable, prunable: Prunable | None, name: str, *, last: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """``function(weight, update, step)`` on every prunable leaf; ``last``: all in the parameters' dtype."""
     # The default is resolved here: optax.inject_hyperparams takes a function among the arguments for a schedule.
     chosen = is_kernel if prunable is None else prunable
 
-    def update_fn(updates: PyTree, state: L1State, params: PyTree | None = None) -> tuple[PyTree, L1State]:
+    def update_fn(
+        updates: PyTree, state: L1State, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, L1State]:
+        del extra
         require_params(params, name)
         updates = jax.tree.map(
             lambda weight, update: update if weight is None else function(weight, update, state.step),
@@ -110,9 +115,11 @@ def _on_weights(function: Callable, prunable: Prunable | None, name: str) -> opt
             updates,
             is_leaf=is_none,
         )
+        if last:
+            updates = cast_like(updates, params)
         return updates, L1State(optax.safe_increment(state.step))
 
-    return optax.GradientTransformation(lambda params: L1State(jnp.zeros((), jnp.int32)), update_fn)
+    return optax.GradientTransformationExtraArgs(lambda params: L1State(jnp.zeros((), jnp.int32)), update_fn)
 
 
 def _at(value: Strength, step: jax.Array) -> Any:

@@ -18,7 +18,7 @@ from prune_jax.masks import Exclude, Scope, apply_masks, cut_counts, group_leave
 from prune_jax.schedules import all_kept, below_cut, check_sparsities
 from prune_jax.scores.magnitude import magnitude
 from prune_jax.scores.movement import movement
-from prune_jax.tree import Prunable, PyTree, is_kernel, is_none, map_masked, require_params, select
+from prune_jax.tree import Prunable, PyTree, cast_like, is_kernel, is_none, map_masked, require_params, select
 
 
 class KeepMasksState(NamedTuple):
@@ -62,8 +62,8 @@ def keep_masks(
         base: any optax optimizer; None = identity.
 
     Returns:
-        A transform whose ``update`` needs ``params``. Updates have the base's dtype, widened to the parameters' if that
-        is wider, so that a cut weight lands on zero exactly.
+        A transform whose ``update`` needs ``params``. Updates have the parameters' dtype, so that a cut weight lands on
+        zero exactly; without ``base``, the gradients'.
 
     Raises:
         ValueError: (from ``init``, ``update``) params is None, or masks do not match; (from ``init``, without base)
@@ -82,6 +82,8 @@ def keep_masks(
 
     def init(params: PyTree) -> KeepMasksState:
         require_params(params, "keep_masks")
+        if _is_placeholder(params):
+            return KeepMasksState(params, inner.init(params))
         masked = apply_masks(params, masks)
         if base is None and not _equal(params, masked):
             raise ValueError(
@@ -94,8 +96,9 @@ def keep_masks(
         updates: PyTree, state: KeepMasksState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, KeepMasksState]:
         require_params(params, "keep_masks")
+        like = updates if base is None else params
         updates, inner_state = _masked_update(inner, state.masks, updates, state.base, params, extra)
-        return updates, KeepMasksState(state.masks, inner_state)
+        return cast_like(updates, like), KeepMasksState(state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -128,7 +131,7 @@ def gradual_pruning(
         prunable: which leaves are pruned, ``(path, leaf) -> bool``; None = kernels (two or more axes).
 
     Returns:
-        A transform whose ``update`` needs ``params``. Its state holds the masks:
+        A transform whose ``update`` needs ``params``, and whose updates have their dtype. Its state holds the masks:
         ``optax.tree.get(state, "masks")``.
 
     Raises:
@@ -188,7 +191,8 @@ def gradual_pruning(
             lambda: state.masks,
         )
         updates, inner_state = _masked_update(inner, masks, updates, state.base, params, extra)
-        return updates, GradualPruningState(optax.safe_increment(state.step), masks, moved, inner_state)
+        step = optax.safe_increment(state.step)
+        return cast_like(updates, params), GradualPruningState(step, masks, moved, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -216,6 +220,11 @@ def _mask_moments(state: Any, masks: PyTree) -> Any:
         return leaf
 
     return jax.tree_util.tree_map_with_path(mask_moment, state)
+
+
+def _is_placeholder(params: PyTree) -> bool:
+    """Whether this is what ``optax.tree.map_params`` hands to ``init`` to see where parameters go in the state."""
+    return not jax.tree.leaves(params) and not isinstance(params, dict | list | tuple)
 
 
 def _own(masks: PyTree, params: PyTree) -> PyTree:

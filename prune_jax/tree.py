@@ -84,6 +84,11 @@ def map_masked(function: Callable, masks: PyTree, tree: PyTree, *rest: PyTree, n
     return jax.tree_util.tree_map_with_path(masked, masks, tree, *rest, is_leaf=is_none)
 
 
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """``tree`` in the dtypes of ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
 def require_params(params: PyTree | None, name: str) -> None:
     """An error for ``params=None``, which optax passes when the caller left it out."""
     if params is None:

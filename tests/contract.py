@@ -1,6 +1,9 @@
 """What every optax transform of this project must do: one check a function, run over cases by `test_contract.py`.
 
 A new transform is one more `Case`; a new duty is one more function decorated with `check`.
+
+Of dtypes the rule is: the updates of an optimizer, which are added to the parameters, have the parameters' dtype, and
+those of a link before an optimizer the gradients'.
 """
 
 import dataclasses
@@ -21,12 +24,12 @@ from orbax.checkpoint import v1 as ocp
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A transform under contract: `make(**hyperparams)` builds it.
+    """A transform under contract: `make(**hyperparams)` builds it, or `make(tree, **hyperparams)` if it is `per_tree`.
 
     `hyperparams` are those that may be schedules and be injected. A transform that `minimizes` is an optimizer; one
-    that does not is followed by gradient descent where the loss must fall. One that does not `need_params` need not
-    complain when they are missing. One `for_one_tree` was made for trees like `SHAPES`, and is spared others, as optax
-    itself is with a tree for a mask.
+    that does not is a link before one, and is followed by gradient descent where the loss must fall. One that does not
+    `need_params` need not complain when they are missing. One that is `per_tree` is for trees like the one it is given
+    (default: like `SHAPES`), as optax itself is with a tree for a mask.
     """
 
     name: str
@@ -34,10 +37,15 @@ class Case:
     hyperparams: Mapping[str, float] = dataclasses.field(default_factory=dict)
     minimizes: bool = True
     needs_params: bool = True
-    for_one_tree: bool = False
+    per_tree: bool = False
 
-    def build(self) -> optax.GradientTransformation:
-        return self.make(**self.hyperparams)
+    def maker(self, tree: Any = None) -> Callable[..., optax.GradientTransformation]:
+        if not self.per_tree:
+            return self.make
+        return functools.partial(self.make, random_tree(0) if tree is None else tree)
+
+    def build(self, tree: Any = None) -> optax.GradientTransformation:
+        return self.maker(tree)(**self.hyperparams)
 
     def optimizer(self) -> optax.GradientTransformation:
         return self.build() if self.minimizes else optax.chain(self.build(), optax.sgd(0.05))
@@ -145,7 +153,8 @@ def compiles_once_and_agrees_with_eager(case: Case) -> None:
 
 @check
 def accepts_extra_arguments(case: Case) -> None:
-    tx, params = optax.with_extra_args_support(case.build()), random_tree(0)
+    tx, params = case.build(), random_tree(0)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
     state = tx.init(params)
     plain = tx.update(gradient_at(0), state, params)
     same(tx.update(gradient_at(0), state, params, value=jnp.ones([]), unknown="argument"), plain)
@@ -172,14 +181,28 @@ def keeps_dtypes_also_under_cond(case: Case) -> None:
 
 
 @check
+def follows_the_rule_of_dtypes(case: Case) -> None:
+    """Also where gradients are wider than parameters, as those that were accumulated in float32 are."""
+    tx, params = case.build(), random_tree(0, dtype=jnp.bfloat16)
+    state, step, dtypes = tx.init(params), jax.jit(tx.update), []
+    for i in range(2):
+        updates, state = step(gradient_at(i), state, params)
+        expected = jnp.bfloat16 if case.minimizes else jnp.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(expected)}
+        dtypes.append([leaf.dtype for leaf in jax.tree.leaves(state)])
+    # A base's moments may widen once, as optax's do: from the parameters' dtype to the gradients'.
+    assert dtypes[0] == dtypes[1]
+
+
+@check
 def schedules_equal_constants(case: Case) -> None:
     params, tx = random_tree(0), case.build()
     start, end = (run(tx, params, tx.init(params), range(steps))[0] for steps in (2, 5))
     for name, value in case.hyperparams.items():
-        constant = case.make(**{**case.hyperparams, name: optax.constant_schedule(value)})
+        constant = case.maker()(**{**case.hyperparams, name: optax.constant_schedule(value)})
         same(run(constant, params, constant.init(params), range(5))[0], end, rtol=1e-6, atol=1e-7)
         # A schedule is evaluated at the number of steps done: a drop at 2 shows in the third step, not before.
-        drop = case.make(**{**case.hyperparams, name: lambda step, v=value: jnp.where(step < 2, v, 0.5 * v)})
+        drop = case.maker()(**{**case.hyperparams, name: lambda step, v=value: jnp.where(step < 2, v, 0.5 * v)})
         carry = run(drop, params, drop.init(params), range(2))
         same(carry[0], start, rtol=1e-6, atol=1e-7)
         with pytest.raises(AssertionError):
@@ -189,16 +212,17 @@ def schedules_equal_constants(case: Case) -> None:
 @check
 def hyperparameters_can_be_injected(case: Case) -> None:
     params, tx = random_tree(0), case.build()
-    injected = optax.inject_hyperparams(case.make)(**case.hyperparams)
+    injected = optax.inject_hyperparams(case.maker())(**case.hyperparams)
     state = injected.init(params)
     assert set(case.hyperparams) <= set(state.hyperparams)
     same(run(injected, params, state, range(3))[0], run(tx, params, tx.init(params), range(3))[0], 1e-6, 1e-7)
     halves = {name: 0.5 * value for name, value in case.hyperparams.items()}
     for name, half in halves.items():
         state.hyperparams[name] = jnp.float32(half)
-    other = case.make(**halves)
-    # The first step already follows the new values, although `init` saw the old ones.
-    same(run(injected, params, state, range(1))[0], run(other, params, other.init(params), range(1))[0], 1e-6, 1e-7)
+    other = case.maker()(**halves)
+    # The first step already follows the new values, although `init` saw the old ones; compiled, they are not known.
+    first = run(injected, params, state, range(1), compiled=True)[0]
+    same(first, run(other, params, other.init(params), range(1))[0], 1e-5, 1e-6)
 
 
 @check
@@ -227,11 +251,12 @@ def takes_what_a_chain_hands_it(case: Case) -> None:
 
 @check
 def works_masked_partitioned_and_chained(case: Case) -> None:
-    if case.for_one_tree:
-        return
-    params, tx = random_tree(0), case.build()
+    params = random_tree(0)
     alone = {"conv": params["conv"]}
-    expected, _ = tx.update({"conv": gradient_at(0)["conv"]}, tx.init(alone), alone)
+    # What a wrapped transform sees of the parameters: holes where others' leaves are.
+    hollow = jax.tree.map(lambda mine, leaf: leaf if mine else optax.MaskedNode(), CONV, params)
+    lone, tx = case.build(alone), case.build(hollow)
+    expected, _ = lone.update({"conv": gradient_at(0)["conv"]}, lone.init(alone), alone)
     labels = jax.tree.map(lambda mine: "mine" if mine else "other", CONV)
     others = {
         "masked": (optax.masked(tx, CONV), gradient_at(0)["dense"]),
@@ -273,10 +298,8 @@ def skips_steps_that_are_not_finite(case: Case) -> None:
 
 @check
 def accepts_empty_trees(case: Case) -> None:
-    if case.for_one_tree:
-        return
-    tx = case.build()
     for empty in ({}, (), {"layer": {}}):
+        tx = case.build(empty)
         updates, state = tx.update(empty, tx.init(empty), empty)
         assert updates == empty
         assert tx.update(empty, state, empty)[0] == empty
@@ -294,8 +317,6 @@ def says_that_params_are_missing(case: Case) -> None:
 
 @check
 def maps_over_the_params_in_its_state(case: Case) -> None:
-    if case.for_one_tree:
-        return
     tx, params = case.build(), random_tree(0)
     state = tx.init(params)
     same(optax.tree.map_params(tx, lambda leaf: leaf, state), state)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from contract import CHECKS, Case, random_tree
+from contract import CHECKS, SHAPES, Case
 
 from experiments import optimizers
+from experiments.studies.bn_probes import gradient_change
 from functa_jax import relative_adam
 from optim_jax import L1, GroupLasso, SparseGroup, dessilbi
 from prune_jax import gradual_pruning, keep_masks, l1_penalty, l1_proximal
@@ -22,9 +23,8 @@ from prune_jax.graph import dependency_groups, group_regulariser
 QUICK = {"learning_rate": 0.05, "kappa": 1.2, "mu": 0.2}
 
 
-def masked_adamw(learning_rate):
-    masks = jax.tree.map(lambda leaf: leaf > -0.5, random_tree(2))
-    return keep_masks(masks, optax.adamw(learning_rate))
+def masked_adamw(tree, learning_rate):
+    return keep_masks(jax.tree.map(lambda leaf: leaf > -0.5, tree), optax.adamw(learning_rate))
 
 
 def pruned_adamw(learning_rate, criterion="magnitude"):
@@ -36,20 +36,36 @@ def proximal_sgd(strength, learning_rate):
     return optax.chain(optax.sgd(learning_rate), l1_proximal(strength, learning_rate))
 
 
-def proximal_group(learning_rate):
-    rate = optax.constant_schedule(learning_rate)
-    return optimizers.proximal(optax.sgd(learning_rate), rate, 1e-2, optimizers.penalty(0.1))
+def proximal_group(strength, learning_rate):
+    return optimizers.proximal(optax.sgd(learning_rate), learning_rate, strength, optimizers.penalty(0.1))
+
+
+def averaged_adam(learning_rate, decay=0.9):
+    return optimizers.averaging(optax.adam(learning_rate), decay)
+
+
+def regularised(tree, strength, alpha):
+    return group_regulariser(groups(jax.tree.structure(tree)), strength, alpha)
 
 
 @functools.cache
-def groups():
-    def network(params, x):  # (batch, 3, 4, 2) -> (batch, 1, 2, 8) -> (batch, 8)
-        conv = params["conv"]["kernel"]
-        x = jax.lax.conv_general_dilated(x, conv, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x = jax.nn.relu(x + params["conv"]["bias"].reshape(1, 1, 1, -1)).reshape(len(x), -1)
-        return x @ params["dense"]["kernel"] + params["dense"]["bias"].reshape(1, -1)
+def groups(structure):
+    """Of a convolution and a dense layer, or of what there is of them in the tree."""
 
-    return dependency_groups(network, random_tree(0), jnp.ones((1, 3, 4, 2)))
+    def network(params, x):  # (batch, 3, 4, 2) -> (batch, 1, 2, 8) -> (batch, 8)
+        conv, dense = (dict(params).get(name, {}) for name in ("conv", "dense"))
+        if "kernel" in conv:
+            x = jax.lax.conv_general_dilated(
+                x, conv["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jax.nn.relu(x + conv["bias"].reshape(1, 1, 1, -1))
+        if isinstance(dense.get("kernel"), jax.Array):
+            return x.reshape(len(x), -1) @ dense["kernel"] + dense["bias"].reshape(1, -1)
+        return x.sum(-1)
+
+    places = structure.unflatten(range(structure.num_leaves))
+    params = jax.tree.map_with_path(lambda path, _: jnp.ones(SHAPES[path[0].key][path[1].key]), places)
+    return dependency_groups(network, params, jnp.ones((1, 3, 4, 2)))
 
 
 CASES = [
@@ -65,15 +81,16 @@ CASES = [
         ),
         QUICK,
     ),
-    Case("keep_masks", masked_adamw, {"learning_rate": 0.05}, for_one_tree=True),
+    Case("keep_masks", masked_adamw, {"learning_rate": 0.05}, per_tree=True),
     Case("gradual_pruning", pruned_adamw, {"learning_rate": 0.05}),
-    Case("gradual_pruning-movement", lambda: pruned_adamw(0.05, criterion="movement")),
+    Case("gradual_pruning-movement", functools.partial(pruned_adamw, criterion="movement"), {"learning_rate": 0.05}),
     Case("l1_penalty", l1_penalty, {"strength": 1e-2}, minimizes=False),
     Case("l1_proximal", proximal_sgd, {"strength": 1e-2, "learning_rate": 0.05}),
-    Case("group_regulariser", lambda: group_regulariser(groups(), 1e-2), minimizes=False, for_one_tree=True),
-    Case("proximal", lambda: proximal_group(0.05)),
-    Case("averaging", lambda: optimizers.averaging(optax.adam(0.05), 0.9)),
+    Case("group_regulariser", regularised, {"strength": 1e-2, "alpha": 4.0}, minimizes=False, per_tree=True),
+    Case("proximal", proximal_group, {"strength": 1e-2, "learning_rate": 0.05}),
+    Case("averaging", averaged_adam, {"learning_rate": 0.05}),
     Case("relative_adam", relative_adam, {"learning_rate": 0.05}, needs_params=False),
+    Case("gradient_change", functools.partial(gradient_change, "conv"), minimizes=False, needs_params=False),
 ]
 
 
@@ -81,6 +98,35 @@ CASES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check, case):
     check(case)
+
+
+WRAPPERS = {
+    "dessilbi": lambda base: dessilbi(base, 1.0, base_is_direction=False),
+    "keep_masks": lambda base: keep_masks({"kernel": jnp.ones((2, 2), bool)}, base),
+    "gradual_pruning": lambda base: gradual_pruning(base, [0.0], every=1),
+    "proximal": lambda base: optimizers.proximal(base, 1.0, 0.0, L1()),
+    "averaging": lambda base: optimizers.averaging(base, 0.9),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_extra_arguments_reach_the_base(wrapper):
+    def update(updates, state, params=None, *, factor, **_):
+        return jax.tree.map(lambda g: -factor * g, updates), state
+
+    base = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    tx, params = WRAPPERS[wrapper](base), {"kernel": jnp.zeros((2, 2))}
+    updates, _ = tx.update({"kernel": jnp.ones((2, 2))}, tx.init(params), params, factor=3.0)
+    assert jnp.allclose(updates["kernel"], -3.0)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.5])
+def test_the_decay_of_an_average_can_be_injected(decay):
+    params = {"kernel": jnp.ones((2, 2))}
+    tx = optax.inject_hyperparams(averaged_adam)(0.05, decay)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    expected = decay * params["kernel"] + (1 - decay) * (params["kernel"] + updates["kernel"])
+    assert jnp.allclose(optax.tree.get(state, "average")["kernel"], expected)
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +22,29 @@ def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     if "holiday.jpg" in example:
         own_pictures(monkeypatch)
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    if "dessilbi(" in example:
+        path_means_something(names)
+    if "probe_gradients(" in example:
+        smallest, largest = names["probe"].loss_range
+        assert 0 < smallest < names["probe"].start_loss
+        assert smallest < largest
+        assert 0 < names["probe"].effective_beta < np.inf
+
+
+def path_means_something(names: dict[str, Any]) -> None:
+    """Some weights came alive and not all; those of the inputs that matter; and they are enough."""
+    alive = np.asarray(names["alive"])
+    assert 0 < alive.mean() < 0.3
+    assert alive[:2].sum() > 0.5 * alive.sum()
+    for layer in ("hidden", "out"):
+        sparsity = np.asarray(names["path"][layer])
+        assert sparsity[0] == 1
+        assert 0 < sparsity[-1] < 1
+    before, after, cut = (float(names["loss"](names[of], names["batch"])) for of in ("start", "params", "small"))
+    assert after < 1e-3 * before
+    assert cut < 0.01 * before
 
 
 def own_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

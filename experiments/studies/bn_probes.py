@@ -22,6 +22,7 @@ from experiments.config import Preset
 from experiments.models.vgg import VGG, vgg_a
 from experiments.runs import Run
 from optim_jax import probe_gradients
+from optim_jax.penalties import leaf_name
 
 SUMMARY = "VGG-A with and without batch normalisation: loss landscape, gradient predictiveness and effective beta"
 
@@ -211,25 +212,47 @@ def prober(
 
 
 class GradientChange(NamedTuple):
-    """State of `gradient_change`: the last gradient of the layer's kernel, and its distance to the one before."""
+    """State of `gradient_change`: the last gradient of the layer's kernel, and its distance to the one before.
 
-    gradient: Array
+    `gradient` is a tree like the parameters, None at all other leaves, in float32 at least.
+    """
+
+    gradient: Any
     gradient_change: Array
 
 
-def gradient_change(layer: str) -> optax.GradientTransformation:
-    """Watches one layer's gradient: how far it is, in the 2-norm, from that of the step before (0 before step 1)."""
+def gradient_change(layer: str) -> optax.GradientTransformationExtraArgs:
+    """Watches one layer's gradient: how far it is, in the 2-norm, from that of the step before (0 before step 1).
+
+    Updates pass as they are.
+
+    Raises:
+      ValueError: from `init`, if the parameters have no kernel of that layer.
+    """
+
+    def watched(tree: Any) -> Any:
+        def kernel(path: Any, leaf: Array) -> Array | None:
+            chosen = leaf_name(path) == f"{layer}/kernel"
+            return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if chosen else None
+
+        return jax.tree.map_with_path(kernel, tree)
 
     def init(params: optax.Params) -> GradientChange:
-        return GradientChange(jnp.zeros_like(params[layer]["kernel"]), jnp.zeros([]))
+        start = jax.tree.map(jnp.zeros_like, watched(params))
+        if jax.tree.leaves(params) and not jax.tree.leaves(start):
+            names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+            raise ValueError(f"layer {layer!r} has no kernel among the parameters {names}")
+        return GradientChange(start, jnp.zeros([], jnp.float32))
 
     def update(
-        updates: optax.Updates, state: GradientChange, params: optax.Params | None = None
+        updates: optax.Updates, state: GradientChange, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, GradientChange]:
-        gradient = updates[layer]["kernel"]
-        return updates, GradientChange(gradient, jnp.linalg.norm(gradient - state.gradient))
+        del params, extra_args
+        gradient = watched(updates)
+        change = optax.tree.norm(optax.tree.sub(gradient, state.gradient))
+        return updates, GradientChange(gradient, jnp.asarray(change, jnp.float32))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def last_change(state: State) -> dict[str, Array]:

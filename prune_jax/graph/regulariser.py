@@ -13,10 +13,14 @@ from prune_jax.graph.groups import Groups
 
 
 class GroupRegulariserState(NamedTuple):
-    """Nothing is remembered between steps."""
+    """State of ``group_regulariser``: steps done."""
+
+    step: jax.Array
 
 
-def group_regulariser(groups: Groups, strength: float, alpha: float = 4.0) -> optax.GradientTransformation:
+def group_regulariser(
+    groups: Groups, strength: optax.ScalarOrSchedule, alpha: optax.ScalarOrSchedule = 4.0
+) -> optax.GradientTransformationExtraArgs:
     """Add the gradient of the group regulariser of DepGraph to the updates; chain it before the optimizer.
 
     With Imp_{G,k} = sum_{w in G} ||w[k]||_2^2 over the members of unit k of group G, equations 10 and 11::
@@ -29,11 +33,11 @@ def group_regulariser(groups: Groups, strength: float, alpha: float = 4.0) -> op
 
     Args:
         groups: From ``dependency_groups`` for the same parameters.
-        strength: Weight of the regulariser; 0 or more.
-        alpha: How much harder the least important unit of a group is pushed: up to 2^alpha.
+        strength: Weight of the regulariser, 0 or more; a number, or a schedule of it by step.
+        alpha: How much harder the least important unit of a group is pushed: up to 2^alpha. A number or a schedule.
 
     Returns:
-        An optax transform; its update needs ``params``.
+        An optax transform; its update needs ``params``, and keeps the gradients' dtype.
 
     Raises:
         ValueError: A negative strength, or an update without ``params``.
@@ -49,17 +53,18 @@ def group_regulariser(groups: Groups, strength: float, alpha: float = 4.0) -> op
 
     Reference: Fang et al., DepGraph (2301.12900), section 3.3.
     """
-    if strength < 0:
+    if not callable(strength) and not isinstance(strength, jax.core.Tracer) and not strength >= 0:
         raise ValueError(f"strength must be at least 0, got {strength}")
     owners, group_of = _owners(groups)
 
     def init(params: optax.Params) -> GroupRegulariserState:
         del params
-        return GroupRegulariserState()
+        return GroupRegulariserState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates, state: GroupRegulariserState, params: optax.Params | None = None
+        updates: optax.Updates, state: GroupRegulariserState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, GroupRegulariserState]:
+        del extra
         if params is None:
             raise ValueError("group_regulariser needs params: call update(updates, state, params)")
         leaves = jax.tree.leaves(params)
@@ -69,18 +74,19 @@ def group_regulariser(groups: Groups, strength: float, alpha: float = 4.0) -> op
                 fixed = tuple(d for d, n in enumerate(owner.shape) if n == 1)
                 total = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=fixed, keepdims=True)
                 importance = importance.at[owner].add(total)
-        gamma = _gamma(importance[:-1], group_of, len(groups), alpha)
+        now, steepness = (value(state.step) if callable(value) else value for value in (strength, alpha))
+        gamma = _gamma(importance[:-1], group_of, len(groups), steepness)
 
         def push(update: Any, leaf: Any, axis_owners: list[np.ndarray]) -> Any:
             for owner in axis_owners:
-                update = update + (2 * strength * gamma[owner] * leaf).astype(update.dtype)
+                update = update + (2 * now * gamma[owner] * leaf).astype(update.dtype)
             return update
 
         flat, tree = jax.tree.flatten(updates)
         new = [push(u, w, o) for u, w, o in zip(flat, leaves, owners, strict=True)]
-        return jax.tree.unflatten(tree, new), state
+        return jax.tree.unflatten(tree, new), GroupRegulariserState(optax.safe_increment(state.step))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _owners(groups: Groups) -> tuple[list[list[np.ndarray]], np.ndarray]:
@@ -102,7 +108,7 @@ def _owners(groups: Groups) -> tuple[list[list[np.ndarray]], np.ndarray]:
     return owners, group_of
 
 
-def _gamma(importance: jax.Array, group_of: np.ndarray, count: int, alpha: float) -> jax.Array:
+def _gamma(importance: jax.Array, group_of: np.ndarray, count: int, alpha: Any) -> jax.Array:
     """Equation 11, with gamma 1 in groups whose units are all alike, and 0 for what belongs to no unit."""
     largest = jax.ops.segment_max(importance, group_of, count)[group_of]
     smallest = jax.ops.segment_min(importance, group_of, count)[group_of]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import cut, path_config, path_records, path_study, path_tables
+from experiments import cut, optimizers, path_config, path_records, path_study, path_tables
 from experiments.models.resnet import ResNet
 from experiments.models.vgg import VGG
-from experiments.published import published
+from experiments.published import published, table
 from experiments.studies import dessilbi_cifar10, dessilbi_mnist
 from experiments.training import Plan
 
@@ -42,13 +42,29 @@ def test_report_settings_are_as_published() -> None:
     a = dessilbi_mnist.PRESETS["report-a"].config
     row = dict(epochs=a.epochs, **{"batch size": a.batch_size, "kappa": a.kappa, "mu": a.mu})
     assert row == {name: published("A", 9, row=30, column=name) for name in row}
-    for name in ("vgg19", "resnet50"):
-        a = dessilbi_cifar10.PRESETS[name].config
-        row = dict(epochs=a.epochs, **{"batch size": a.batch_size, "kappa": a.kappa, "mu": a.adam_mu})
+    assert a.momentum == 0  # "vanilla" in the heading, and no momentum named
+    for name, rate in (("resnet50", "3E-4 for ResNet50"), ("vgg19", "1E-5 for VGG19")):
+        c = dessilbi_cifar10.PRESETS[name].config
+        row = dict(epochs=c.epochs, **{"batch size": c.batch_size, "kappa": c.kappa, "mu": c.adam_mu})
         assert row == {name: published("A", 11, row=30, column=name) for name in row}
+        assert rate in table("A", 11).note
+        assert c.adam_rate == float(rate.split()[0])
+        assert c.schedule == "constant"
     for presets in (dessilbi_mnist.PRESETS, dessilbi_cifar10.PRESETS):
         b = presets["report-b"].config
         assert (b.epochs, b.batch_size, b.kappa, b.mu, b.learning_rate) == (20, 128, 1.0, 10.0, 0.01)
+        assert (b.momentum, b.adam_rate, b.schedule) == (0, 0.01, "step")
+
+
+def test_the_rates_of_the_reports_fall_as_published() -> None:
+    """Both divide by ten every 20 epochs; A's formula, read literally, starts at 1, and 0.1 is what it means."""
+    assert published("A", 9, row=30, column="learning rate") == "0.1**(epoch//20)"
+    for name, start in (("report-a", 0.1), ("report-b", 0.01)):
+        preset = dessilbi_mnist.PRESETS[name].config
+        rate = optimizers.schedule(preset.schedule, preset.learning_rate, steps=300, steps_per_epoch=10)
+        for epoch in range(30):
+            for step in (10 * epoch, 10 * epoch + 9):
+                assert float(rate(step)) == pytest.approx(start * 0.1 ** (epoch // 20))
 
 
 def test_layers_that_are_not_there_are_refused() -> None:

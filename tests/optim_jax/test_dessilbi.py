@@ -198,7 +198,7 @@ def test_activation_is_recorded_at_the_first_step_of_each_group():
 def test_z_tends_to_its_fixed_points():
     """Weights that are held: Gamma = kappa * prox(Z) = W. Weights that nothing holds: W -> 0 and Z -> W0 / kappa."""
     start = {"kernel": jnp.array([[0.5, -2.0]])}
-    optimizer = dessilbi(optax.set_to_zero(), 0.05, kappa=4.0, mu=0.25)
+    optimizer = dessilbi(optax.set_to_zero(), 0.05, kappa=4.0, mu=0.25, base_is_direction=False)
     for held, gamma, z in ((True, [[0.5, -2.0]], [[1.125, -1.5]]), (False, [[0.0, 0.0]], [[0.125, -0.5]])):
         params, state = start, optimizer.init(start)
         for _ in range(100):
@@ -212,7 +212,7 @@ def test_z_tends_to_its_fixed_points():
 def test_half_precision_keeps_z_in_float32():
     """Steps of Z far below bfloat16's resolution still add up."""
     params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
-    optimizer = dessilbi(optax.set_to_zero(), 1e-3, mu=20.0)
+    optimizer = dessilbi(optax.set_to_zero(), 1e-3, mu=20.0, base_is_direction=False)
     step = jax.jit(
         lambda state, _: (optimizer.update({"kernel": jnp.zeros_like(params["kernel"])}, state, params)[1], None)
     )
@@ -271,18 +271,56 @@ def test_penalties_are_chosen_by_path_and_shape():
         optax.adafactor(1.0),
         optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_rms()),
         optax.centralize(),
-        optax.masked(optax.sgd(1.0), {"kernel": True}),  # fits no other tree, so that it cannot be tried beforehand
+        optax.masked(optax.sgd(1.0), {"kernel": True, "bias": True}),
+        optax.masked(optax.trace(0.9), {"kernel": True, "bias": True}),
+        optax.masked(optax.scale_by_adam(), {"kernel": True, "bias": False}),
+        optax.partition(
+            {"adam": optax.scale_by_adam(), "plain": optax.identity()}, {"kernel": "adam", "bias": "plain"}
+        ),
+        optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda step: jnp.minimum(step / 2, 1.0))),
+        optax.sgd(lambda step: jnp.minimum(step / 2, 1.0)),
     ],
 )
 def test_any_base_goes_downhill(base):
-    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 5))}
+    """Optimizers and bare directions, for trees of one structure, and in a warm-up that starts at 0."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 5)), "bias": jnp.ones(5)}
     optimizer = dessilbi(base, 1e-3)
 
     def loss(p):
-        return jnp.sum(jnp.square(p["kernel"]))
+        return jnp.sum(jnp.square(p["kernel"])) + jnp.sum(p["bias"])
 
-    updates, _ = jax.jit(optimizer.update)(jax.grad(loss)(params), optimizer.init(params), params)
-    assert loss(optax.apply_updates(params, updates)) < loss(params)
+    state, losses = jax.jit(optimizer.init)(params), [loss(params)]
+    update = jax.jit(optimizer.update)
+    for _ in range(2):
+        updates, state = update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(loss(params))
+    assert losses[2] < losses[0]
+
+
+def test_a_base_whose_direction_is_not_found_needs_the_answer():
+    params = {"kernel": jnp.ones((6, 5)), "bias": jnp.ones(5)}
+    late = optax.scale_by_schedule(lambda step: jnp.where(step < 5, 0.0, 1.0))
+    full_size = optax.stateless(
+        lambda updates, params: jax.tree.map(lambda g, w: g * jnp.ones((6, 5))[0], updates, params)
+    )
+    needs_value = optax.scale_by_polyak()
+    for base, why in (
+        (optax.chain(optax.trace(0.9), late), "moved nothing in two steps"),
+        (full_size, "raised TypeError"),
+        (needs_value, "raised TypeError"),
+        (optax.set_to_zero(), "moved nothing"),
+    ):
+        with pytest.raises(ValueError, match=f"base_is_direction is needed.*{why}.*base_is_direction=False"):
+            dessilbi(base, 0.1).init(params)
+        dessilbi(base, 0.1, base_is_direction=True).init(params)
+    mixed = optax.partition({"sgd": optax.sgd(1.0), "plain": optax.identity()}, {"kernel": "sgd", "bias": "plain"})
+    with pytest.raises(ValueError, match=r"downhill for \['kernel'\] and uphill for \['bias'\]"):
+        dessilbi(mixed, 0.1).init(params)
+    for given, sign in ((True, -1), (False, 1)):
+        optimizer = dessilbi(optax.identity(), 0.1, base_is_direction=given)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        np.testing.assert_allclose(updates["bias"], sign * 0.1, rtol=1e-6)
 
 
 def test_extra_arguments_reach_the_base():
@@ -291,7 +329,7 @@ def test_extra_arguments_reach_the_base():
 
     base = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
     params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}
-    optimizer = dessilbi(base, 0.1)
+    optimizer = dessilbi(base, 0.1, base_is_direction=False)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params, factor=3.0)
     np.testing.assert_allclose(updates["bias"], -0.3, rtol=1e-6)
 
@@ -302,7 +340,14 @@ def test_bad_input_is_named():
         for value in (0.0, -1.0, float("nan"), np.float32(-1), jnp.float32(0)):
             with pytest.raises(ValueError, match=f"{name} must be > 0"):
                 dessilbi(sgd, 0.1, **{name: value})
-    with pytest.raises(ValueError, match=r"learning_rate must be >= 0, got -0\.1"):
+    for name in ("learning_rate", "kappa", "mu"):
+        for value in (float("inf"), np.inf, jnp.inf):
+            with pytest.raises(ValueError, match=f"{name} must be >=? 0 and finite, got inf"):
+                dessilbi(sgd, **{"learning_rate": 0.1, name: value})
+        for several in (np.array([1.0, 2.0]), jnp.ones(1)):
+            with pytest.raises(ValueError, match=rf"{name} must be a single number, got an array of shape \([12],\)"):
+                dessilbi(sgd, **{"learning_rate": 0.1, name: several})
+    with pytest.raises(ValueError, match=r"learning_rate must be >= 0 and finite, got -0\.1"):
         dessilbi(sgd, -0.1)
     with pytest.raises(TypeError, match="learning_rate must be a number or a schedule"):
         dessilbi(sgd, None)
@@ -314,6 +359,8 @@ def test_bad_input_is_named():
         dessilbi(sgd, 0.1).init({"bias": jnp.ones(3)})
     with pytest.raises(TypeError, match="penalty must be"):
         dessilbi(sgd, 0.1, penalty="l1").init(params)
+    with pytest.raises(TypeError, match=r"under optax\.inject_hyperparams.*wrap the function in PenaltyRule"):
+        optax.inject_hyperparams(dessilbi)(sgd, 0.1, penalty=lambda step: 1.0).init(params)
     with pytest.raises(TypeError, match=r"for leaf 'kernel', got 1\.0"):
         dessilbi(sgd, 0.1, penalty=lambda path, shape: 1.0).init(params)
     with pytest.raises(ValueError, match=r"does not fit leaf 'kernel' of shape \(2, 2\)"):

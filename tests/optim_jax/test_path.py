@@ -9,6 +9,7 @@ import pytest
 from optim_jax import (
     NEVER,
     GroupLasso,
+    PenaltyRule,
     SparseGroup,
     activation_order,
     dessilbi,
@@ -26,7 +27,7 @@ def trained(seed=0, steps=60, penalty=None):
     rng = np.random.default_rng(seed)
     minima = {
         "conv": {"kernel": rng.standard_normal((2, 2, 3, 10)) * np.geomspace(0.02, 1, 10), "bias": np.ones(10)},
-        "dense": {"kernel": rng.standard_normal((7, 5))},
+        "dense": {"kernel": rng.standard_normal((7, 5)), "bias": np.full(5, 0.5)},
     }
     minima = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), minima)
     optimizer = dessilbi(optax.sgd(1.0), 0.1, mu=1.0, **({"penalty": penalty} if penalty else {}))
@@ -111,6 +112,42 @@ def test_prunes_only_the_layers_asked_for():
     np.testing.assert_array_equal(pruned["dense"]["kernel"], params["dense"]["kernel"])
     with pytest.raises(ValueError, match=r"layers picks no structured leaf.*'conv/kernel', 'dense/kernel'"):
         prune_by_path(params, state, 0.5, layers=lambda path: path == "conv/bias")
+
+
+def test_units_that_are_cut_lose_their_bias_if_asked():
+    """A convolution and a dense layer, both cut by output units: what is cut puts out 0 exactly."""
+    params, state, _ = trained(penalty=PenaltyRule(lambda path, shape: GroupLasso() if len(shape) > 1 else None))
+    images = jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+
+    def outputs(params):
+        conv = jax.lax.conv_general_dilated(
+            images, params["conv"]["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ) + params["conv"]["bias"].reshape(1, 1, 1, -1)
+        features = jnp.ones((3, 7))
+        return conv, features @ params["dense"]["kernel"] + params["dense"]["bias"].reshape(1, -1)
+
+    for scope in ("local", "global"):
+        masks = path_masks(params, state, 0.6, scope=scope, biases=True)
+        plain = path_masks(params, state, 0.6, scope=scope)
+        pruned = prune_by_path(params, state, 0.6, scope=scope, biases=True)
+        assert plain["conv"]["bias"] is None
+        for layer, found in zip(("conv", "dense"), outputs(pruned), strict=True):
+            kernel = np.asarray(masks[layer]["kernel"])
+            np.testing.assert_array_equal(kernel, plain[layer]["kernel"])
+            alive = kernel.reshape(-1, kernel.shape[-1]).any(0)
+            assert alive.sum() < alive.size or (scope, layer) == ("global", "dense")
+            np.testing.assert_array_equal(masks[layer]["bias"], alive)
+            np.testing.assert_array_equal(np.any(np.asarray(found) != 0, axis=tuple(range(found.ndim - 1))), alive)
+
+
+def test_units_with_a_weight_left_keep_their_bias():
+    params = {"kernel": jnp.array([[3.0, 2.0], [0.1, 2.5]]), "bias": jnp.ones(2), "scale": jnp.ones(2)}
+    state = dessilbi(optax.sgd(1.0), 0.1).init(params)
+    cut = [path_masks(params, state, fraction, biases=True)["bias"].tolist() for fraction in (0.25, 0.75, 1.0)]
+    assert cut == [[True, True], [True, False], [False, False]]
+    assert path_masks(params, state, 1.0, biases=True)["scale"] is None
+    without = {"kernel": params["kernel"]}
+    assert path_masks(without, dessilbi(optax.sgd(1.0), 0.1).init(without), 1.0, biases=True)["kernel"].sum() == 0
 
 
 def test_the_norm_still_decides_after_millions_of_steps():

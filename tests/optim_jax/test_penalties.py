@@ -74,12 +74,22 @@ def test_groups_are_what_their_axis_indexes():
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_zero_and_huge_groups_have_finite_maps_and_derivatives(name):
+    """In forward and in reverse mode, everywhere: alive, on the threshold, below it, and at zero."""
     penalty = PENALTIES[name][0]
-    z = jnp.zeros(SHAPE).at[..., 1].set(1e15)
-    x, derivative = jax.jvp(penalty.prox, (z,), (jnp.ones(SHAPE),))
-    assert bool(jnp.all(jnp.isfinite(x)))
-    np.testing.assert_array_equal(x[..., 0], 0)
-    assert not np.any(np.isnan(np.asarray(derivative[..., 1])))
+    mixed = jnp.zeros(SHAPE).at[..., 1].set(1e15).at[..., 2].set(0.3).at[0, 0, 0, 3].set(penalty_threshold(penalty))
+    for z in (jnp.zeros(SHAPE), mixed, jnp.full(SHAPE, 1e-30)):
+        x, derivative = jax.jvp(penalty.prox, (z,), (jnp.ones(SHAPE),))
+        gradient = jax.grad(lambda z: penalty.prox(z).sum())(z)
+        for values in (x, derivative, gradient):
+            assert bool(jnp.all(jnp.isfinite(values)))
+        np.testing.assert_array_equal(x[..., 0], 0)
+        if not np.any(np.asarray(penalty.active(z))):  # constant at zero, all around
+            np.testing.assert_array_equal(derivative, 0)
+            np.testing.assert_array_equal(gradient, 0)
+
+
+def penalty_threshold(penalty):
+    return penalty.l1.strength + penalty.group.strength if isinstance(penalty, SparseGroup) else penalty.strength
 
 
 def test_penalties_are_equal_by_value_and_carry_no_arrays():

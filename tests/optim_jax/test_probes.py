@@ -163,6 +163,23 @@ def test_costs_one_gradient_more_than_there_are_step_sizes():
     assert len(evaluations) == 5
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_norms_do_not_overflow_in_half_precision(dtype):
+    """A gradient of norm 600, whose square is beyond float16, along an eigenvector of eigenvalue 2."""
+
+    def loss_fn(w, _):
+        return jnp.sum((w.astype(jnp.promote_types(dtype, jnp.float32)) - 150) ** 2)
+
+    with jax.enable_x64(dtype == jnp.float64):
+        probe = probe_gradients(loss_fn, jnp.zeros(4, dtype), None, np.array([0.125, 0.25]))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        assert {probe.gradient_norm.dtype, probe.gradient_distance.dtype, probe.beta.dtype} == {wide}
+    np.testing.assert_allclose(probe.gradient_norm, 600, rtol=1e-2)
+    np.testing.assert_allclose(probe.gradient_distance, [150, 300], rtol=1e-2)
+    np.testing.assert_allclose(probe.beta, 2, rtol=1e-2)
+    np.testing.assert_allclose(probe.cosine, 1, rtol=1e-2)
+
+
 def test_a_stationary_point_has_no_beta():
     probe = probe_gradients(lambda w, _: jnp.sum(w**2), jnp.zeros(2), None, [0.1])
     assert np.isnan(probe.beta).all()
