@@ -96,6 +96,7 @@ PRESETS = {
             learning_rate=0.01,
             adam_rate=0.01,
             schedule="step",
+            momentum=0.0,
             mu=10.0,
             adam_mu=10.0,
             dense=1.0,
