@@ -1,21 +1,21 @@
 """Smaller networks cut out of trained classifiers: scores, the cut, recovery, and what they are called with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from experiments import data
 from experiments.models.resnet import ResNet, resnet20
 from experiments.models.vgg import VGG, vgg_a
+from experiments.models.widths import narrow_cnn
 from experiments.trained import Base
 from experiments.training import PyTree
-from prune_jax.graph import dependency_groups, smaller_function, squared_magnitude
+from prune_jax.graph import dependency_groups, kept_shapes, squared_magnitude
 from prune_jax.models import Swin, ViT, narrow
 from prune_jax.scores import taylor
 
@@ -30,37 +30,14 @@ CNNS: dict[str, Callable[..., nn.Module]] = {
 _BATCH = 64  # images at once for scores and calibration
 
 
-class CutNetwork:
-    """What a plan leaves of a module that has no widths to set: called, trained and measured like a module.
-
-    Args:
-      model: the dense module, with or without batch statistics.
-      variables: its variables, arrays or shapes.
-      plan: of `prune(evaluated(model), variables, ...)`.
-    """
-
-    def __init__(self, model: nn.Module, variables: PyTree, plan: dict[str, Any]):
-        def trained(variables: PyTree, inputs: Array) -> tuple[Array, PyTree]:
-            return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-
-        self._evaluated = smaller_function(evaluated(model), variables, plan)
-        self._trained = smaller_function(trained, variables, plan, free_output=lambda path: "batch_stats" in path)
-
-    def apply(self, variables: PyTree, inputs: Array, *, train: bool = False, **_: Any) -> Any:
-        """As `nn.Module.apply`: logits, and with `train` the new batch statistics beside them."""
-        return (self._trained if train else self._evaluated)(variables, inputs)
-
-
 def evaluated(model: Any) -> Callable[[PyTree, Array], Array]:
     """The function of a module's variables and of prepared inputs that is cut."""
     return lambda variables, inputs: model.apply(variables, inputs, train=False)
 
 
 def cut_model(base: Base, plan: dict[str, Any]) -> Any:
-    """A smaller ViT or Swin, or what is called like one, whose variables are those that the plan leaves."""
-    if isinstance(base.model, ViT | Swin):
-        return narrow(base.model, plan)
-    return CutNetwork(base.model, base.variables, plan)
+    """The smaller module whose variables are those that a plan leaves."""
+    return narrow(base.model, plan) if isinstance(base.model, ViT | Swin) else narrow_cnn(base.model, plan)
 
 
 def calibration(base: Base, images: int) -> list[tuple[Array, Array]]:
@@ -104,16 +81,15 @@ def width_groups(base: Base) -> Any:
     return dependency_groups(apply, base.params, base.prepare(jnp.asarray(base.train.images[:1])))
 
 
-def kept_widths(plan: Mapping[str, Any]) -> dict[str, float]:
+def kept_widths(plan: dict[str, Any]) -> dict[str, float]:
     """For each kernel, the fraction of its outputs that a plan leaves."""
-    found = {}
-    for leaf in plan["leaves"]:
-        *path, name = leaf["path"]
-        axis = len(leaf["shape"]) - 1
-        if name == "kernel":
-            cuts = {keep["axis"]: np.asarray(keep["positions"]).shape[-1] for keep in leaf["keep"]}
-            found["/".join(path).removeprefix("params/")] = cuts.get(axis, leaf["shape"][axis]) / leaf["shape"][axis]
-    return found
+    left = kept_shapes(plan)
+    return {
+        "/".join(layer).removeprefix("params/"): left[*layer, name][-1] / leaf["shape"][-1]
+        for leaf in plan["leaves"]
+        for *layer, name in [leaf["path"]]
+        if name == "kernel"
+    }
 
 
 def coupled_layers(base: Base) -> list[dict[str, Any]]:

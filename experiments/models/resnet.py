@@ -19,10 +19,12 @@ class ResNet(nn.Module):
 
     Attributes:
       blocks: number of blocks in each stage; every stage but the first halves the image.
-      features: channels of the first stage; doubled in each further one.
+      features: channels of `conv1` and of the first stage; doubled in each further one.
       bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, the last four times as wide, instead of two 3x3 ones.
       projection: 1x1 convolutions where a shortcut changes shape; else it is subsampled and padded with zero channels.
       classes: number of logits.
+      widths: for each block of each stage, the channels of its convolutions, as a pruned network has them (the last one
+        of a block has those of its stage); None as `features` says.
       last_scale: where the scale of each block's last normalisation starts; at zero a block starts as its shortcut, and
         no gradient reaches its convolutions in the first step.
       method: how convolutions are computed, see `convolve`.
@@ -32,9 +34,26 @@ class ResNet(nn.Module):
     features: int
     bottleneck: bool = False
     projection: bool = False
+    widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     classes: int = 10
     last_scale: float = 0.0
     method: Method = "auto"
+
+    @property
+    def block_widths(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """For each block of each stage, the channels of its convolutions.
+
+        Raises:
+          ValueError: `widths` are not those of `blocks`.
+        """
+        if self.widths is None:
+            relative = (1, 1, 4) if self.bottleneck else (1, 1)
+            stages = [tuple(self.features * 2**stage * r for r in relative) for stage in range(len(self.blocks))]
+            return tuple((widths,) * count for widths, count in zip(stages, self.blocks, strict=True))
+        layers = 3 if self.bottleneck else 2
+        if tuple(map(len, self.widths)) != self.blocks or any(len(b) != layers for stage in self.widths for b in stage):
+            raise ValueError(f"widths must name {layers} for each of blocks={self.blocks}, got {self.widths}")
+        return self.widths
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -42,12 +61,12 @@ class ResNet(nn.Module):
         conv = partial(Conv, use_bias=False, method=self.method)
         norm = partial(nn.BatchNorm, not train, momentum=0.9)
         x = nn.relu(norm(name="norm1")(conv(self.features, name="conv1")(x)))
-        for stage, count in enumerate(self.blocks):
-            for block in range(count):
+        for stage, blocks in enumerate(self.block_widths):
+            for block, widths in enumerate(blocks):
                 x = Block(
-                    self.features * 2**stage,
+                    widths,
                     2 if stage > 0 and block == 0 else 1,
-                    self.bottleneck,
+                    block == 0 and (stage > 0 or self.bottleneck),
                     self.projection,
                     self.last_scale,
                     conv,
@@ -58,21 +77,22 @@ class ResNet(nn.Module):
 
 
 class Block(nn.Module):
-    """One residual block.
+    """One residual block: two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1 ones.
 
     Attributes:
-      features: channels of the 3x3 convolutions.
+      widths: channels of its convolutions.
       stride: of the first 3x3 convolution.
-      bottleneck: see `ResNet`, like `projection`.
-      projection: see there, like
+      reshapes: whether the shortcut changes shape. Widths do not say it: a pruned block may take and give equally many
+        channels that are not the same.
+      projection: see `ResNet`, like
       last_scale.
       conv: makes a convolution without bias.
       norm: makes a batch normalisation.
     """
 
-    features: int
+    widths: tuple[int, ...]
     stride: int
-    bottleneck: bool
+    reshapes: bool
     projection: bool
     last_scale: float
     conv: Callable[..., Any]
@@ -82,28 +102,23 @@ class Block(nn.Module):
     def __call__(self, x: Array) -> Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, C')."""
         strides = (self.stride, self.stride)
-        width = self.features * (4 if self.bottleneck else 1)
-        layers: list[tuple[int, int, tuple[int, int]]] = (
-            [(self.features, 1, (1, 1)), (self.features, 3, strides), (width, 1, (1, 1))]
-            if self.bottleneck
-            else [(self.features, 3, strides), (width, 3, (1, 1))]
-        )
+        layers = [(1, (1, 1)), (3, strides), (1, (1, 1))] if len(self.widths) == 3 else [(3, strides), (3, (1, 1))]
         y = x
-        for number, (features, size, step) in enumerate(layers, start=1):
-            y = self.conv(features, (size, size), step, name=f"conv{number}")(y)
+        for number, (width, (size, step)) in enumerate(zip(self.widths, layers, strict=True), start=1):
+            y = self.conv(width, (size, size), step, name=f"conv{number}")(y)
             if number < len(layers):
                 y = nn.relu(self.norm(name=f"norm{number}")(y))
         y = self.norm(name=f"norm{len(layers)}", scale_init=nn.initializers.constant(self.last_scale))(y)
-        return nn.relu(y + self._shortcut(x, y))
+        return nn.relu(y + self._shortcut(x))
 
-    def _shortcut(self, x: Array, y: Array) -> Array:
-        if x.shape == y.shape:
+    def _shortcut(self, x: Array) -> Array:
+        if not self.reshapes:
             return x
+        strides, width = (self.stride, self.stride), self.widths[-1]
         if self.projection:
-            strides = (self.stride, self.stride)
-            return self.norm(name="norm_shortcut")(self.conv(y.shape[-1], (1, 1), strides, name="conv_shortcut")(x))
+            return self.norm(name="norm_shortcut")(self.conv(width, (1, 1), strides, name="conv_shortcut")(x))
         x = x[:, :: self.stride, :: self.stride]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
 def resnet20(**options: Any) -> ResNet:

@@ -28,7 +28,7 @@ from prune_jax.graph.errors import UnknownPrimitiveError
 from prune_jax.graph.exported import load_exported, save_exported
 from prune_jax.graph.groups import Group, Groups, Member, dependency_groups
 from prune_jax.graph.importance import squared_magnitude, unit_scores
-from prune_jax.graph.plan import apply_plan
+from prune_jax.graph.plan import apply_plan, kept_shapes
 from prune_jax.graph.pruning import Pruned, prune, smaller_function
 from prune_jax.graph.recovery import recover
 from prune_jax.graph.regulariser import group_regulariser
@@ -42,6 +42,7 @@ __all__ = [
     "apply_plan",
     "dependency_groups",
     "group_regulariser",
+    "kept_shapes",
     "load_exported",
     "prune",
     "recover",

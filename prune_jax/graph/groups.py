@@ -11,8 +11,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from prune_jax.graph.describe import axis_table, describe
-from prune_jax.graph.elements import FROZEN
-from prune_jax.graph.program import Program, read_program
+from prune_jax.graph.program import Pin, Program, read_program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +117,7 @@ def dependency_groups(
     fn: Callable,
     params: Any,
     *args: Any,
-    pin: Callable[[str], bool] = lambda path: False,
+    pin: Pin = lambda path: False,
     free_output: Callable[[str], bool] = lambda path: False,
 ) -> Groups:
     """Find which positions of which parameters can only be removed together.
@@ -131,13 +130,15 @@ def dependency_groups(
         fn: Any JAX function of a pytree of arrays and further arguments.
         params: The parameters, arrays or ``jax.ShapeDtypeStruct``.
         *args: Example arguments, arrays or ``jax.ShapeDtypeStruct``; their axes never change.
-        pin: Says of a leaf, by its path such as "params/Dense_0/kernel", whether it must keep its shape.
+        pin: What must keep its size: a function that says so of whole leaves, by their path such as
+            "params/Dense_0/kernel", or a dict from path to the axis or axes, ``{"params/Dense_0/kernel": 1}``.
         free_output: Says of an output, by its path, whether its shape may change (updated batch statistics).
 
     Returns:
         The groups, each with its members (leaf path, axis, indices).
 
     Raises:
+        ValueError: ``fn`` itself fails for these arguments; ``pin`` names a leaf or an axis that there is not.
         UnknownPrimitiveError: A primitive without a rule depends on a parameter.
 
     Example:
@@ -157,22 +158,10 @@ def dependency_groups(
 def find_groups(program: Program) -> Groups:
     """Sort the units of a program into groups."""
     classes = program.classes
-    owned = _incidence([_flat(program, label) for _, _, label in _axes(program)], classes.count)
-    has_parameter = np.asarray(owned.sum(axis=0)).ravel() > 0
-    closure = classes.closure
-    reaches = closure.astype(np.int64) @ has_parameter.astype(np.int64) > 0
-    can_die = reaches & ~classes.derived
-    can_die[classes.root[FROZEN]] = False
-    units = np.nonzero(can_die)[0]
-    within = closure[units].astype(np.int64)
-
-    # a unit that would empty an axis is none
-    parts = _incidence([classes.root[p] for p in program.walk.elements.parts], classes.count)
-    whole = sparse.vstack([owned, parts]).astype(bool).astype(np.int64)
-    lengths = np.asarray(whole.sum(axis=1)).ravel()
-    emptied = (whole @ within.T).tocoo()
-    bad = np.unique(emptied.col[emptied.data == lengths[emptied.row]])
-    units, within = np.delete(units, bad), within[np.setdiff1d(np.arange(len(units)), bad)]
+    owned = classes.incidence([label for _, _, label in _axes(program)])
+    parts = classes.incidence(program.walk.elements.parts)
+    units = classes.units
+    within = classes.closure[units].astype(np.int64)
 
     tables, owner = _tables(program)
     in_table = (within @ tables.T).tocsr()
@@ -231,27 +220,20 @@ def _flat(program: Program, label: np.ndarray) -> np.ndarray:
     return program.classes.root[label].ravel()
 
 
-def _incidence(rows: list[np.ndarray], count: int) -> sparse.csr_matrix:
-    """How often each class stands in each row."""
-    row = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    column = np.concatenate([np.zeros(0, int), *rows])
-    return sparse.csr_matrix((np.ones(len(row), np.int64), (row, column)), shape=(len(rows), count))
-
-
 def _tables(program: Program) -> tuple[sparse.csr_matrix, np.ndarray]:
     """All distinct rows that must stay equally long, and the table each belongs to."""
-    seen: set[bytes] = set()
+    seen: set[tuple[tuple[int, ...], bytes]] = set()
     rows: list[np.ndarray] = []
     owner: list[int] = []
     for table in program.walk.elements.tables:
-        ids = program.classes.root[table]
-        distinct = np.unique(ids, axis=0)
-        key = distinct.tobytes()
-        if key not in seen:
+        _, first = np.unique(program.classes.root[table], axis=0, return_index=True)
+        distinct = table[first]
+        key = (distinct.shape, program.classes.root[distinct].tobytes())
+        if len(distinct) > 1 and key not in seen:  # one row is always as long as itself
             owner += [len(seen)] * len(distinct)
             rows += list(distinct)
             seen.add(key)
-    return _incidence(rows, program.classes.count), np.asarray(owner, int)
+    return program.classes.incidence(rows), np.asarray(owner, int)
 
 
 def _signature(matrix: sparse.csr_matrix, salt: int) -> np.ndarray:

@@ -122,16 +122,19 @@ def _removed(leaf: Leaf, entries: dict[int, dict], keep: dict) -> np.ndarray:
             f"plan cuts {leaf.name!r} axis {axis}, which must keep its size (pinned, an input or an output)"
         )
     own = [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
-    if own != rows:
+    if not set(rows) <= set(own):
         raise ValueError(
             f"plan is for another function: the positions of {leaf.name!r} axis {axis} depend on axes "
             f"{own} here and on {rows} in the plan"
         )
-    ids = np.moveaxis(label, axis, -1).reshape(*[leaf.shape[d] for d in rows], leaf.shape[axis])
-    living = np.ix_(*[entries[d]["positions"] if d in entries else range(leaf.shape[d]) for d in rows])
-    ids = ids[living] if rows else ids
+    ids = np.moveaxis(label, axis, -1).reshape(*[leaf.shape[d] for d in own], leaf.shape[axis])
+    living = np.ix_(*[entries[d]["positions"] if d in entries else range(leaf.shape[d]) for d in own])
+    ids = ids[living] if own else ids
+    positions = np.asarray(keep["positions"], int)
+    # rows that the plan does not tell apart (another axis was pinned when it was made) lose the same positions
+    alike = positions.reshape([ids.shape[i] if d in rows else 1 for i, d in enumerate(own)] + [-1])
     gone = np.ones(ids.shape, bool)
-    np.put_along_axis(gone, np.asarray(keep["positions"], int), False, axis=-1)
+    np.put_along_axis(gone, np.broadcast_to(alike, (*ids.shape[:-1], alike.shape[-1])), False, axis=-1)
     return ids[gone]
 
 
@@ -177,6 +180,31 @@ def apply_plan(plan: dict, tree: Any) -> Any:
     if not matched:
         raise ValueError("no leaf of this tree has a path that the plan knows: the plan is for another function")
     return jax.tree.unflatten(tree_def, out)
+
+
+def kept_shapes(plan: dict) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape that a plan leaves of every parameter, by path.
+
+    Args:
+        plan: As ``prune(...).plan``.
+
+    Raises:
+        ValueError: Not a plan.
+
+    Example:
+        >>> entry = {"path": ["a"], "shape": [3, 2], "keep": [{"axis": 0, "rows": [], "positions": [0, 2]}]}
+        >>> kept_shapes({"format": "prune_jax.graph plan", "version": 1, "leaves": [entry]})
+        {('a',): (2, 2)}
+    """
+    check_plan(plan)
+    return {tuple(entry["path"]): _kept_shape(entry) for entry in plan["leaves"]}
+
+
+def _kept_shape(entry: dict) -> tuple[int, ...]:
+    shape = list(entry["shape"])
+    for keep in entry["keep"]:
+        shape[keep["axis"]] = np.asarray(keep["positions"]).shape[-1]
+    return tuple(shape)
 
 
 def expand(plan: dict, small: Any, dense: Any) -> Any:

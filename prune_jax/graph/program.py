@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from prune_jax.graph.walk import Body, Value, Walk
 
 RULES = {**SHAPE_RULES, **RESHAPE_RULES, **PRODUCT_RULES, **INDEX_RULES, **GATHER_RULES, **CONTROL_RULES}
 MAX_PASSES = 6
+Pin: TypeAlias = Callable[[str], bool] | Mapping[str, int | Sequence[int]]
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,13 +68,12 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
-def read_program(
-    fn: Callable, params: Any, args: tuple, *, pin: Callable[[str], bool], free_output: Callable[[str], bool]
-) -> Program:
+def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_output: Callable[[str], bool]) -> Program:
     """Trace ``fn`` and label everything; repeated while parameters ask for a choice row by row."""
     params, args = abstract(params), abstract(args)
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    closed, shapes = _traced(fn, params, args)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    pinned = _pinned(pin, {"/".join(keys(path)) or ".": x.shape for path, x in flat})
     outputs = [keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     nest: dict[tuple[int, int, int], bool] = {}
     for _ in range(MAX_PASSES):
@@ -81,8 +81,9 @@ def read_program(
         leaves = [Leaf(keys(path), x.shape, x.dtype, []) for path, x in flat]
         used = _used(closed.jaxpr, len(flat))
         for i, leaf in enumerate(leaves):
-            fixed = not used[i] or pin(leaf.name) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-            leaf.labels = [None] * len(leaf.shape) if fixed else _label(walk, i, leaf.shape, nest)
+            fixed = not used[i] or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+            stay = range(len(leaf.shape)) if fixed else pinned[leaf.name]
+            leaf.labels = _label(walk, i, leaf.shape, stay, nest)
         walk.parameter_of = lambda ids, walk=walk, leaves=leaves: _parameter(walk, leaves, ids)  # type: ignore[misc]
         inputs = [
             Value(v.aval, list(leaf.labels), parameter=True)
@@ -100,7 +101,36 @@ def read_program(
             labels = list(value.labels)
             for d in range(len(labels)):
                 settle(walk.elements, labels, d)
-    return Program(leaves, body, walk, Classes(walk.elements), jax.tree.structure(shapes))
+    axes = [label for leaf in leaves for label in leaf.labels if isinstance(label, np.ndarray)]
+    return Program(leaves, body, walk, Classes(walk.elements, axes), jax.tree.structure(shapes))
+
+
+def _traced(fn: Callable, params: Any, args: tuple) -> tuple[Any, Any]:
+    """The jaxpr of ``fn`` and the shapes of its outputs."""
+    try:
+        return jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    except Exception as error:
+        named = jax.tree_util.tree_flatten_with_path(args)[0]
+        shapes = ", ".join(f"args{jax.tree_util.keystr(path)} {x.dtype}{list(x.shape)}" for path, x in named)
+        raise ValueError(
+            f"fn itself fails with these parameters for arguments of shapes {shapes or '() (there are none)'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _pinned(pin: Pin, shapes: dict[str, tuple[int, ...]]) -> dict[str, Sequence[int]]:
+    """For every leaf, the axes that must keep their size."""
+    if callable(pin):
+        return {name: range(len(shape)) if pin(name) else () for name, shape in shapes.items()}
+    pinned: dict[str, Sequence[int]] = dict.fromkeys(shapes, ())
+    for name, axes in pin.items():
+        if name not in shapes:
+            raise ValueError(f"pin names {name!r}, which is no parameter; parameters are {', '.join(shapes)}")
+        chosen, rank = [axes] if isinstance(axes, int) else list(axes), len(shapes[name])
+        if wrong := [axis for axis in chosen if not -rank <= axis < rank]:
+            raise ValueError(f"pin names axis {wrong[0]} of {name!r}, which has shape {shapes[name]}")
+        pinned[name] = [axis % rank for axis in chosen]
+    return pinned
 
 
 def _used(jaxpr: Any, count: int) -> list[bool]:
@@ -108,10 +138,12 @@ def _used(jaxpr: Any, count: int) -> list[bool]:
     return [id(v) in names for v in jaxpr.invars[:count]]
 
 
-def _label(walk: Walk, leaf: int, shape: tuple[int, ...], nest: dict[tuple[int, int, int], bool]) -> list[Label]:
+def _label(
+    walk: Walk, leaf: int, shape: tuple[int, ...], stay: Sequence[int], nest: dict[tuple[int, int, int], bool]
+) -> list[Label]:
     labels: list[Label] = []
     for axis, n in enumerate(shape):
-        if n == 1:
+        if n == 1 or axis in stay:
             labels.append(None)
             continue
         rows = [row for (which, row, own) in nest if (which, own) == (leaf, axis) and (leaf, axis, row) not in nest]
@@ -131,7 +163,7 @@ def _label(walk: Walk, leaf: int, shape: tuple[int, ...], nest: dict[tuple[int, 
 
 def _parameter(walk: Walk, leaves: list[Leaf], ids: np.ndarray) -> str:
     """Parameters whose positions stand along an axis, for an error message."""
-    root = Classes(walk.elements).root
+    root = Classes(walk.elements, ()).root
     here = np.unique(root[ids])
     here = here[here != root[FROZEN]]
     names = [

@@ -12,8 +12,8 @@ import numpy as np
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.groups import dependency_groups
 from prune_jax.graph.importance import Aggregate, Normalise, squared_magnitude, unit_scores
-from prune_jax.graph.plan import apply_plan, check_plan, deaths, expand, make_plan
-from prune_jax.graph.program import Program, abstract, keys, read_program
+from prune_jax.graph.plan import apply_plan, check_plan, deaths, expand, kept_shapes, make_plan
+from prune_jax.graph.program import Pin, Program, abstract, keys, read_program
 from prune_jax.graph.select import Measure, Scope, check_ratios, select, size_of
 
 
@@ -43,7 +43,7 @@ def prune(
     minimum: int = 1,
     rounds: int = 1,
     between: Callable[[Pruned], Any] = lambda pruned: pruned.params,
-    pin: Callable[[str], bool] = lambda path: False,
+    pin: Pin = lambda path: False,
     free_output: Callable[[str], bool] = lambda path: False,
 ) -> Pruned:
     """Remove the least important units of any JAX function.
@@ -56,7 +56,8 @@ def prune(
         fn: Function of parameters and arguments.
         params: Pytree of arrays.
         *args: Example arguments; their shapes are free in the result wherever ``fn`` leaves them free.
-        ratio: Fraction to remove in [0, 1); or a dict from tie (``Group.tie``) to its own fraction.
+        ratio: Fraction to remove in [0, 1); or a dict from tie to its own fraction (``Group.tie``, of
+            ``dependency_groups`` with the same ``pin``).
         of: What ``ratio`` is a fraction of: "units", "parameters", or "flops" of matrix products and convolutions at
             the example's shapes. The last two are met to 1 %, or as nearly as whole units allow.
         target_latency: Instead of ``ratio``: what ``measure`` is to give, met to 1 % or as nearly as whole units allow.
@@ -75,7 +76,7 @@ def prune(
         between: Called with what each round but the last leaves; returns parameters for it, trained on or recovered.
             The next round scores and cuts these. ``importance`` always sees parameters of the original shapes, with
             zeros where something was cut.
-        pin: Says by path which parameter leaves must keep their shape.
+        pin: Which leaves must keep their shape, or which of their axes; see ``dependency_groups``.
         free_output: Says by path which outputs may change shape, such as updated batch statistics.
 
     Returns:
@@ -83,7 +84,7 @@ def prune(
 
     Raises:
         ValueError: A ratio out of range, an unknown scope, kind or tie, scores of the wrong shape, a latency that the
-            smallest network still exceeds.
+            smallest network still exceeds; what ``dependency_groups`` raises.
         UnknownPrimitiveError: See ``dependency_groups``.
 
     Example:
@@ -172,7 +173,7 @@ def smaller_function(
     params: Any,
     plan: dict,
     *,
-    pin: Callable[[str], bool] = lambda path: False,
+    pin: Pin = lambda path: False,
     free_output: Callable[[str], bool] = lambda path: False,
 ) -> Callable:
     """The function that a plan leaves of ``fn``: its jaxpr at the new sizes.
@@ -209,13 +210,13 @@ def _smaller_function(
     fn: Callable,
     dense: Any,
     plan: dict,
-    pin: Callable[[str], bool],
+    pin: Pin,
     free_output: Callable[[str], bool],
     known: dict[Any, tuple[Program, Cut]],
 ) -> Callable:
     """As ``smaller_function``; ``known`` holds what was read already, by the shapes of the arguments."""
     dense_tree: Any = jax.tree.structure(dense)
-    expected = {tuple(e["path"]): tuple(_new_shape(e)) for e in plan["leaves"]}
+    expected = kept_shapes(plan)
 
     def smaller(params: Any, *args: Any) -> Any:
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -246,10 +247,3 @@ def _smaller_function(
 def _key(specs: Any) -> Any:
     leaves, tree = jax.tree.flatten(specs)
     return tree, tuple((s.shape, s.dtype, s.weak_type) for s in leaves)
-
-
-def _new_shape(entry: dict) -> list[int]:
-    shape = list(entry["shape"])
-    for keep in entry["keep"]:
-        shape[keep["axis"]] = np.asarray(keep["positions"]).shape[-1]
-    return shape

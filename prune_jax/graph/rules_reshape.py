@@ -90,6 +90,12 @@ def _merge(walk: Walk, labels: list[Label], shape: tuple, start: int, count: int
             settle(walk.elements, labels, d)
         labels = [walk.elements.collapse(x, tuple(dims)) if isinstance(x, np.ndarray) else x for x in labels]
 
+    # merged positions keep their order only if an outer axis loses the same ones whatever the inner axes' position
+    for d in sized:
+        ids = labels[d]
+        if isinstance(ids, np.ndarray):
+            labels[d] = walk.elements.collapse(ids, tuple(e for e in sized if e > d))
+
     def widen(ids: np.ndarray) -> np.ndarray:
         full = [shape[d] if d in dims else n for d, n in enumerate(ids.shape)]
         return np.broadcast_to(ids, full).reshape(*full[:start], middle[start], *full[start + count :])
@@ -103,10 +109,11 @@ def _merge(walk: Walk, labels: list[Label], shape: tuple, start: int, count: int
                 free = labels[d]
                 if isinstance(free, Free):
                     # copies made by a broadcast: which of them go may differ from row to row
-                    ids = walk.elements.fresh(tuple(shape[e] if e in rows or e == d else 1 for e in range(len(shape))))
-                    walk.elements.table(ids, d)
+                    outer = [e for e in rows if e < d]
+                    new = walk.elements.fresh(tuple(shape[e] if e in outer or e == d else 1 for e in range(len(shape))))
+                    walk.elements.table(new, d)
                     recognise(free, labels, d)
-                    labels[d] = ids
+                    labels[d] = new
             factors = [widen(x) for x in (labels[d] for d in sized) if isinstance(x, np.ndarray)]
             merged = None if not factors else factors[0] if len(factors) == 1 else walk.elements.join(factors)
     else:

@@ -128,7 +128,10 @@ def _losses(
     if isinstance(ratio, dict):
         for tie in ratio:
             if tie not in size:
-                raise ValueError(f"ratio names tie {tie}, which cannot be cut; ties that can: {sorted(size)}")
+                raise ValueError(
+                    f"ratio names tie {tie}, which cannot be cut; ties that can, with what is pinned and "
+                    f"kinds={tuple(kinds)}: {sorted(size)}"
+                )
         wanted = {tie: round(r * size[tie]) for tie, r in ratio.items()}
     else:
         buckets: dict[str, list[int]] = {}

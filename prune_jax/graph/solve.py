@@ -3,10 +3,14 @@
 Unions are resolved by connected components on arrays (no recursion). Joins are then brought to a normal form: a join
 with one factor left is a union, equal factors make equal joints, equal joints make equal factors. What remains are
 classes of elements; those that are no joint of others, not frozen, and reach a parameter are the units. What dies with
-a unit is its closure: itself, and every joint of which it is a factor.
+a unit is its closure: itself, and every joint of which it is a factor. A unit that would take a whole axis with it can
+never go: it is frozen, which may show others to be one (after a reshape and back, channels are joints of the rows that
+stood between), and all is resolved anew.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
@@ -21,22 +25,72 @@ def _hashes(count: int) -> np.ndarray:
 
 
 class Classes:
-    """Elements up to sameness, and which classes can die."""
+    """Elements up to sameness, and which classes can die; ``axes`` of parameters must not become empty."""
 
-    def __init__(self, elements: Elements) -> None:
+    def __init__(self, elements: Elements, axes: Sequence[np.ndarray]) -> None:
         self._elements = elements
         self._edges = [(a, b) for a, b in elements.edges]
         self._joint, self._factors = _stack(elements.joins)
         self._patterns = [tuple(np.unique(f, return_inverse=True)[1].tobytes() for f in fs) for _, fs in elements.joins]
         self.root = np.zeros(0, int)
         self._resolve()
-        while self._simplify():
+        while True:
+            while self._simplify():
+                self._resolve()
+            self._close()
+            self.units, stuck = self._units(axes)
+            frozen = np.nonzero(np.isin(self.root, self._separable(stuck)))[0]
+            if not len(frozen):
+                break
+            self._edges.append((frozen, np.full_like(frozen, FROZEN)))
             self._resolve()
-        live = self._factors_now() != self.root[FROZEN]
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return int(self.root.max()) + 1
+
+    def incidence(self, rows: Sequence[np.ndarray]) -> sparse.csr_matrix:
+        """How often each class stands in each row, an array of elements."""
+        row = np.repeat(np.arange(len(rows)), [r.size for r in rows])
+        column = self.root[np.concatenate([np.zeros(0, int), *[r.ravel() for r in rows]])]
+        return sparse.csr_matrix((np.ones(len(row), np.int64), (row, column)), shape=(len(rows), self.count))
+
+    def _units(self, axes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Classes that reach a parameter and are no joints: those that can go, and those that would empty an axis."""
+        owned, parts = self.incidence(axes), self.incidence(self._elements.parts)
+        has_parameter = np.asarray(owned.sum(axis=0)).ravel() > 0
+        can_die = (self.closure.astype(np.int64) @ has_parameter.astype(np.int64) > 0) & ~self.derived
+        can_die[self.root[FROZEN]] = False
+        units = np.nonzero(can_die)[0]
+        whole = sparse.vstack([owned, parts]).astype(bool).astype(np.int64)
+        lengths = np.asarray(whole.sum(axis=1)).ravel()
+        emptied = (whole @ self.closure[units].astype(np.int64).T).tocoo()
+        stuck = units[np.unique(emptied.col[emptied.data == lengths[emptied.row]])]
+        return np.setdiff1d(units, stuck), stuck
+
+    def _separable(self, stuck: np.ndarray) -> np.ndarray:
+        """Those factors among the classes whose freezing makes no joint the same as a factor it has beside others.
+
+        A slot must stay apart from the joint of it and its row: it may be alive in a row that is gone.
+        """
+        joint, factors = self.root[self._joint], self._factors_now()
+        live = factors != self.root[FROZEN]
+        freezing = live & np.isin(factors, stuck)
+        rest = live & ~freezing
+        number = rest.sum(axis=1)
+        code = joint[:, None] * self.count + factors
+        left_alone = rest & (number == 1)[:, None] & freezing.any(axis=1)[:, None]
+        clash = (left_alone & np.isin(code, code[rest & (number > 1)[:, None]])).any(axis=1)
+        return np.setdiff1d(factors[freezing], factors[freezing & clash[:, None]])
+
+    def _close(self) -> None:
+        """What dies with each class, and which classes are joints."""
+        joint, factors = self.root[self._joint], self._factors_now()
+        live = factors != self.root[FROZEN]
         inner = live.sum(axis=1) > 1
-        width = self._factors.shape[1]
-        child = np.repeat(self.root[self._joint][inner], width)[live[inner].ravel()]
-        parent = self._factors_now()[inner].ravel()[live[inner].ravel()]
+        child = np.repeat(joint[inner], factors.shape[1])[live[inner].ravel()]
+        parent = factors[inner].ravel()[live[inner].ravel()]
         n = self.count
         step = sparse.csr_matrix((np.ones(len(child), bool), (parent, child)), shape=(n, n))
         self.derived = np.zeros(n, bool)
@@ -48,11 +102,6 @@ class Classes:
                 break
             closure = wider
         self.closure = closure.tocsr()
-
-    @property
-    def count(self) -> int:
-        """Number of classes."""
-        return int(self.root.max()) + 1
 
     def _resolve(self) -> None:
         a = np.concatenate([np.zeros(0, int), *[e[0] for e in self._edges]])

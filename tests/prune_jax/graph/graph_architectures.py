@@ -59,6 +59,32 @@ def lenet():
 
 
 @architecture
+def vgg():
+    class VGG(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for width in (6, 8):
+                x = nn.Conv(width, (3, 3), use_bias=False)(x)
+                x = nn.max_pool(nn.relu(nn.BatchNorm(use_running_average=True)(x)), (2, 2), (2, 2))
+            return nn.Dense(3)(nn.relu(nn.Dense(10)(x.reshape(x.shape[0], -1))))
+
+    return linen(VGG(), data(2, 8, 8, 3))
+
+
+@architecture
+def convolution_as_a_product():
+    def net(p, x):
+        b = x.shape[0]
+        # each row of six inputs makes two pixels of six channels, then both of a tile become one
+        banded = jnp.stack([jnp.pad(p["a"], ((0, 3), (0, 0))), jnp.pad(p["a"], ((3, 0), (0, 0)))], axis=1)
+        h = (x @ banded.reshape(6, -1)).reshape(b, 3, 8, 6)
+        h = jax.nn.relu(h + p["bias"][None, None, None]).reshape(b, 3, 4, 2, 6).max(3)
+        return h.reshape(b, -1) @ p["b"].reshape(-1, 5) @ p["c"]
+
+    return net, weights(a=(3, 6), bias=(6,), b=(3, 4, 6, 5), c=(5, 2)), (data(2, 3, 4, 6),)
+
+
+@architecture
 def resnet():
     class ResNet(nn.Module):
         @nn.compact
@@ -338,6 +364,16 @@ def shuffled():
         return jnp.concatenate([h[:, ::2], h[:, 1::2]], 1) @ p["b"]
 
     return net, weights(a=(3, 8), b=(8, 2)), (data(2, 3),)
+
+
+@architecture
+def channel_shuffle():
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"]).reshape(-1, 2, 4)
+        h = h.transpose(0, 2, 1).reshape(-1, 8)  # the groups of ShuffleNet come to lie between each other
+        return h @ p["b"] + jnp.tile(h @ p["c"], (1, 3)) @ p["d"]
+
+    return net, weights(a=(3, 8), b=(8, 2), c=(8, 5), d=(15, 2)), (data(2, 3),)
 
 
 @architecture

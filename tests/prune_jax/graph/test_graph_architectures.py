@@ -7,6 +7,9 @@ import pytest
 from graph_architectures import ARCHITECTURES
 from graph_zeroing import check, size
 
+from prune_jax.graph import prune
+from prune_jax.scores import px, snip, taylor
+
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cut_equals_zeroed(name):
@@ -21,6 +24,23 @@ def test_cut_equals_zeroed(name):
 def test_cut_equals_zeroed_at_every_ratio(name, ratio):
     fn, params, args = ARCHITECTURES[name]()
     check(fn, params, *args, ratio=ratio, scope="local", kinds=("width", "block"))
+
+
+CRITERIA = {
+    "taylor": taylor,
+    "snip": snip,
+    "px": lambda fn, params, x, labels: px(fn, params, x),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["mlp", "vgg"])
+def test_cut_equals_zeroed_by_other_scores(name, criterion):
+    fn, params, (x,) = ARCHITECTURES[name]()
+    scores = CRITERIA[criterion](fn, params, x, jnp.arange(len(x)) % 2)
+    pruned = check(fn, params, x, ratio=0.5, scope="local", importance=scores)
+    assert size(pruned.params) < 0.8 * size(params)
+    assert pruned.plan != prune(fn, params, x, ratio=0.5, scope="local").plan  # by magnitude other units go
 
 
 @pytest.mark.parametrize("name", ["grouped_convolutions", "vit_fused", "vit_split", "vit_linen", "gqa", "swin"])

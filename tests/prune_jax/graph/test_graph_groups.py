@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graph_architectures import ARCHITECTURES, data, weights
+from graph_zeroing import check
 
 from prune_jax.graph import UnknownPrimitiveError, dependency_groups, prune
 
@@ -66,6 +67,13 @@ def test_flatten_takes_every_place_of_a_channel():
     # 4x4 places of 14 channels; this layer's four channels are the last
     expected = {(u, (16 * 0 + place) * 14 + 10 + u) for u in range(4) for place in range(16)}
     assert {(int(u), int(i[0])) for u, i in zip(dense.units, dense.indices, strict=True)} == expected
+
+
+def test_channels_are_found_again_behind_rows_that_cannot_go():
+    channels = {frozenset({("a", 1, (k,)), ("bias", 0, (k,)), ("b", 2, (k,))}) for k in range(6)}
+    assert units(groups_of("convolution_as_a_product")) == channels | {
+        frozenset({("b", 3, (k,)), ("c", 0, (k,))}) for k in range(5)
+    }
 
 
 def test_uneven_chunks():
@@ -154,6 +162,40 @@ def test_pins_inputs_outputs_and_unused_parameters_stay():
     assert {m.path for g in groups for m in g.members} == {"w1", "b1", "w2"}
 
 
+@pytest.mark.parametrize("axis", [1, -1, (1,), [0, -1]])
+def test_a_pinned_axis_stays_and_the_leaf_s_others_go(axis):
+    fn, params, args = ARCHITECTURES["mlp"]()
+    groups = dependency_groups(fn, params, *args, pin={"w1": axis})
+    found = {(m.path, m.axis) for g in groups for m in g.members}
+    first = {("w0", 1), ("b0", 0), ("w1", 0)}
+    assert found == (set() if axis == [0, -1] else first)
+    small = prune(fn, params, *args, ratio=0.5, scope="local", pin={"w1": axis}).params
+    assert small["w1"].shape == ((8, 6) if axis == [0, -1] else (4, 6))
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ({"w9": 0}, "pin names 'w9', which is no parameter; parameters are b0, b1, w0, w1, w2"),
+        ({"w1": 2}, r"pin names axis 2 of 'w1', which has shape \(8, 6\)"),
+        ({"w1": (0, -3)}, r"pin names axis -3 of 'w1'"),
+    ],
+)
+def test_a_pin_of_what_is_not_there(pin, message):
+    fn, params, args = ARCHITECTURES["mlp"]()
+    with pytest.raises(ValueError, match=message):
+        dependency_groups(fn, params, *args, pin=pin)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_pinned_heads_still_lose_dims_and_pinned_dims_heads(axis):
+    fn, params, args = ARCHITECTURES["vit_linen"]()
+    name = "params/MultiHeadDotProductAttention_0/query/kernel"
+    pruned = check(fn, params, *args, ratio=0.5, scope="local", kinds=("width", "block"), pin={name: axis})
+    shape = pruned.params["params"]["MultiHeadDotProductAttention_0"]["query"]["kernel"].shape
+    assert shape[1:] == ((2, 2) if axis == 1 else (1, 4))
+
+
 def test_group_norm_ties_its_groups():
     model = nn.Sequential([nn.Dense(8), nn.GroupNorm(2), nn.Dense(2)])
     x = data(3, 4)
@@ -172,6 +214,32 @@ def test_rows_that_cannot_lose_alike_are_held():
     assert len(groups) == 0
     assert len(groups.held) == 1
     assert "held" in str(groups)
+
+
+def test_an_axis_split_in_two_ways_keeps_rows_of_both_equally_long():
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return jnp.einsum("brs,rso->bo", h.reshape(-1, 2, 4), p["b"]) + jnp.einsum(
+            "brs,rso->bo", h.reshape(-1, 4, 2), p["c"]
+        )
+
+    params, x = weights(a=(3, 8), b=(2, 4, 2), c=(4, 2, 2)), data(5, 3)
+    (cells,) = {tie: t for tie, t in dependency_groups(net, params, x).ties.items() if t[0].kind == "width"}.values()
+    assert [[int(i[0]) for m in g.members if m.path == "a" for i in m.indices] for g in cells] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+    assert check(net, params, x, ratio=0.5, scope="local").params["a"].shape == (3, 4)
+
+
+def test_shuffled_channels_go_with_their_like_of_every_group():
+    pairs = {
+        frozenset({("a", 1, (k,)), ("a", 1, (4 + k,))} | {(n, 0, (2 * k + i,)) for n in "bc" for i in range(2)})
+        for k in range(4)
+    }
+    assert pairs <= units(groups_of("channel_shuffle"))
 
 
 def test_constant_tables_follow():

@@ -1,5 +1,7 @@
 """How many and which units go."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,12 +72,28 @@ def test_local_cuts_every_tie_alike_and_global_the_weakest():
 
 
 def test_kind_scope_shares_a_budget_among_like_layers_only():
-    fn, params, args = ARCHITECTURES["vit_fused"]()
-    pruned = prune(fn, params, *args, ratio=0.5, scope="kind").params
-    # every tie of this network has a form of its own, so this is local
-    assert jax.tree.map(jnp.shape, pruned) == jax.tree.map(
-        jnp.shape, prune(fn, params, *args, ratio=0.5, scope="local").params
-    )
+    def net(p, x):  # two layers of one form, then one with a bias
+        h = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"])
+        return jnp.tanh(h @ p["c"] + p["bias"][None]) @ p["d"]
+
+    params = weights(a=(3, 10), b=(10, 20), c=(20, 8), bias=(8,), d=(8, 2))
+    args = (data(4, 3),)
+    small, large = 1e-3 * (1 + np.arange(20)), 1.0 + np.arange(10)
+    # the units of each layer, told by one leaf: those of b's outputs are far below a's, and c's below both
+    scores = {
+        "a": jnp.broadcast_to(large, (3, 10)),
+        "b": None,
+        "c": None,
+        "bias": jnp.asarray(1e-6 * (1 + np.arange(8))),
+        "d": None,
+    }
+    scores["b"] = jnp.zeros((10, 20)).at[0].set(small)
+    widths = {}
+    for scope in ("global", "kind", "local"):
+        left = prune(net, params, *args, ratio=0.5, scope=scope, importance=scores, normalise="none").params
+        widths[scope] = (left["a"].shape[1], left["b"].shape[1], left["c"].shape[1])
+    # of 38 units 19: all but one of c's, then b's. Of the 30 alike 15, all b's, and of c's 8 its own half
+    assert widths == {"global": (10, 8, 1), "kind": (10, 5, 4), "local": (5, 10, 4)}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9])
@@ -160,16 +178,24 @@ def test_bad_input_is_named(options, message):
         prune(fn, params, *args, **options)
 
 
-def test_a_pinned_axis_cannot_be_asked_for():
+@pytest.mark.parametrize("pin", [lambda path: path == "c", {"c": 0}, {"b": 1}])
+def test_a_pinned_axis_cannot_be_asked_for(pin):
     fn, params, args = two_layers()
-    with pytest.raises(ValueError, match="ratio names tie 1, which cannot be cut"):
-        prune(fn, params, *args, ratio={1: 0.5}, pin=lambda path: path == "c")
+    message = r"ratio names tie 1, which cannot be cut; ties that can, with what is pinned .*: \[0\]"
+    with pytest.raises(ValueError, match=message):
+        prune(fn, params, *args, ratio={1: 0.5}, pin=pin)
 
 
 def test_arguments_of_the_wrong_shape():
     fn, params, _ = two_layers()
-    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
-        prune(fn, params, data(4, 5), ratio=0.5)
+    wrong = r"fn itself fails .* arguments of shapes args\[0\] float32\[4, 5\]: TypeError: dot_general requires"
+    for call in (dependency_groups, partial(prune, ratio=0.5)):
+        with pytest.raises(ValueError, match=wrong) as error:
+            call(fn, params, data(4, 5))
+        assert isinstance(error.value.__cause__, TypeError)
+    convolution, variables, _ = ARCHITECTURES["lenet"]()
+    with pytest.raises(ValueError, match=r"args\[0\] float32\[2, 8, 8, 3\]: ScopeParamShapeError"):
+        prune(convolution, variables, data(2, 8, 8, 3), ratio=0.5)  # of three channels instead of one
 
 
 def test_a_ratio_of_flops_is_met_to_one_percent():
