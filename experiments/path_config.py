@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -97,6 +97,21 @@ class Config:
     retrain_rate: float = 0.2
     kernels: str = "conv3"
     features: tuple[str, ...] = ("conv1", "conv2", "conv3")
+
+    def of(self, arm: str) -> "ArmNumbers":
+        """The numbers of one arm: Adam and what is built around it have their own."""
+        if arm.endswith("adam"):
+            return ArmNumbers(self.adam_rate, self.adam_mu, self.adam_dense, self.adam_filters)
+        return ArmNumbers(self.learning_rate, self.mu, self.dense, self.filters)
+
+
+class ArmNumbers(NamedTuple):
+    """Learning rate, and DessiLBI's mu and thresholds; see `Config`."""
+
+    rate: float
+    mu: float
+    dense: float
+    filters: float
 
 
 @dataclasses.dataclass(frozen=True)

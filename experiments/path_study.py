@@ -45,17 +45,16 @@ def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
     """Trains one arm with one seed and returns its record."""
     config = setting.config
     steps = config.epochs * setting.steps_per_epoch
-    adam = arm.endswith("adam")
-    rate = config.adam_rate if adam else config.learning_rate
+    rate, mu, dense, filters = config.of(arm)
     optimizer = optimizers.make(
         arm,
         optimizers.schedule(config.schedule, rate, steps=steps, steps_per_epoch=setting.steps_per_epoch),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         kappa=config.kappa,
-        mu=config.adam_mu if adam else config.mu,
-        dense=config.adam_dense if adam else config.dense,
-        filters=config.adam_filters if adam else config.filters,
+        mu=mu,
+        dense=dense,
+        filters=filters,
         strength=config.strength,
     )
     augment = classification.crop_and_flip if config.augment else None
@@ -95,7 +94,7 @@ def _one(setting: Setting, arm: Arm, seed: int, own: Run) -> dict[str, Any]:
         setting.model,
         setting.prepare,
         augment,
-        adam,
+        arm.endswith("adam"),
         config.retrain_rate * rate,
         config.retrain_steps,
         config.batch_size,

@@ -137,8 +137,7 @@ def compare_cuts(
 
 def _settings(config: Any, arm: str) -> str:
     """How an arm was trained, for a note: the reports' settings are others."""
-    adam = arm.endswith("adam")
-    rate = config.adam_rate if adam else config.learning_rate
+    rate = config.of(arm).rate
     text = f"Ours: {config.model}, {counted(config.epochs, 'epoch')}, {config.schedule} schedule from {rate:g}"
     if is_path(arm):
         text += f", mu and thresholds (filters; weights) {_thresholds(config, arm)}"
@@ -149,10 +148,8 @@ def _thresholds(config: Any, arm: str) -> str | None:
     """mu and what Gamma's groups must exceed; 1 and 1 in the official code."""
     if not is_path(arm):
         return None
-    adam = arm.endswith("adam")
-    mu = config.adam_mu if adam else config.mu
-    filters, weights = (config.adam_filters, config.adam_dense) if adam else (config.filters, config.dense)
-    return f"{mu:g}; {filters:g}, {weights:g}"
+    of = config.of(arm)
+    return f"{of.mu:g}; {of.filters:g}, {of.dense:g}"
 
 
 def value_of(record: Any, *keys: Any) -> float | None:
