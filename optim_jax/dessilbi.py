@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from optim_jax.base_sign import base_sign
+from optim_jax.dtypes import wide, wide_dtype
 from optim_jax.penalties import Penalty, PenaltyRule, assign_penalties, default_penalty, map_structured
 
 NEVER = 2**31 - 1
@@ -130,7 +131,8 @@ def dessilbi(
             return jnp.where(p.active(z), 0, NEVER).astype(jnp.int32)
 
         start = jnp.zeros([], jnp.int32)
-        z = map_structured(lambda p, w: jnp.zeros_like(w, _wide_dtype(w)), penalties, params)
+        # Z grows by steps that half precision would round away.
+        z = map_structured(lambda p, w: jnp.zeros_like(w, wide_dtype(w)), penalties, params)
         return DessiLBIState(
             step=start,
             z=z,
@@ -151,7 +153,7 @@ def dessilbi(
         nu = jnp.where(state.step < 0, jnp.nan, nu)
 
         def pull_of(p: Penalty, w: Array, z: Array) -> Array:
-            return (_wide(w) - _times(state.gamma_scale, p.prox(z))) / nu.astype(z.dtype)
+            return (wide(w) - _times(state.gamma_scale, p.prox(z))) / nu.astype(z.dtype)
 
         def plus_pull(tree: Any, factor: Array | float) -> Any:
             return jax.tree.map(lambda x, e: x if e is None else (x + _times(factor, e)).astype(x.dtype), tree, pull)
@@ -164,7 +166,7 @@ def dessilbi(
             updates = plus_pull(updates, 1.0)
         directions, base_state = inner.update(updates, state.base, params, **extra_args)
         length = base_sign(base, base_is_direction, params) * rate * scale
-        steps = jax.tree.map(lambda d: _times(length, _wide(d)), directions)
+        steps = jax.tree.map(lambda d: _times(length, wide(d)), directions)
         if coupling == "outside":
             steps = plus_pull(steps, -rate * scale)
         return jax.tree.map(lambda s, w: s.astype(w.dtype), steps, params), DessiLBIState(
@@ -177,15 +179,6 @@ def dessilbi(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _wide_dtype(x: Array) -> Any:
-    """Return float32 at least: Z grows by steps that half precision would round away."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(_wide_dtype(x))
 
 
 def _times(scalar: Array | float, x: Array) -> Array:

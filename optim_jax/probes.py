@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optim_jax.dtypes import wide
+
 
 class GradientProbe(NamedTuple):
     """What `probe_gradients` measures along the negative gradient; vectors have one entry a step size.
@@ -123,18 +125,14 @@ def _probe(loss_fn: Callable[[Any, Any], Array], params: Any, batch: Any, step_s
     return GradientProbe(loss, distance, beta, cosine, start_loss, norm)
 
 
-def _wide(x: Array) -> Array:
-    """Return x in float32 at least: in float16 the squares of a network's gradient overflow, or vanish."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _difference(a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: _wide(x) - _wide(y), a, b)
+    return jax.tree.map(lambda x, y: wide(x) - wide(y), a, b)
 
 
 def _dot(a: Any, b: Any) -> Array:
-    # Sums of products, not matrix products, which accelerators compute in a lower precision by default.
-    products = jax.tree.map(lambda x, y: jnp.sum((jnp.conj(_wide(x)) * _wide(y)).real), a, b)
+    # Wide, since in float16 the squares of a network's gradient overflow, or vanish. Sums of products, not matrix
+    # products, which accelerators compute in a lower precision by default.
+    products = jax.tree.map(lambda x, y: jnp.sum((jnp.conj(wide(x)) * wide(y)).real), a, b)
     return jax.tree.reduce(jnp.add, products)
 
 

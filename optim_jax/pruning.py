@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optim_jax.dtypes import wide
 from optim_jax.path import activation_order, masked
 from optim_jax.penalties import leaf_name
 
@@ -147,9 +148,7 @@ def _beside(names: list[str], index: int, last: str) -> int | None:
 def _rank_keys(w: Array, record: Array, resolution: int) -> tuple[Array, Array]:
     """Return norm - record, one entry a group, exactly: its whole part as int32 and its fraction in [0, 1)."""
     summed = tuple(axis for axis in range(w.ndim) if record.shape[axis] == 1)
-    norm = jnp.sqrt(
-        jnp.sum(jnp.square(jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))), axis=summed)
-    ).ravel()
+    norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(wide(w))), axis=summed)).ravel()
     whole = jnp.floor(norm)
     return whole.astype(jnp.int32) - (record.ravel() - 1) // resolution, norm - whole
 
