@@ -13,7 +13,7 @@ import pytest
 from contract import CHECKS, SHAPES, Case
 
 from experiments import optimizers
-from experiments.studies.bn_probes import gradient_change
+from experiments.studies.bn_probes import path_change
 from functa_jax import relative_adam
 from optim_jax import L1, GroupLasso, SparseGroup, dessilbi
 from prune_jax import gradual_pruning, keep_masks, l1_penalty, l1_proximal
@@ -90,7 +90,7 @@ CASES = [
     Case("proximal", proximal_group, {"strength": 1e-2, "learning_rate": 0.05}),
     Case("averaging", averaged_adam, {"learning_rate": 0.05}),
     Case("relative_adam", relative_adam, {"learning_rate": 0.05}, needs_params=False),
-    Case("gradient_change", functools.partial(gradient_change, "conv"), minimizes=False, needs_params=False),
+    Case("path_change", functools.partial(path_change, "conv"), minimizes=False),
 ]
 
 

@@ -27,6 +27,12 @@ from optim_jax.penalties import leaf_name
 SUMMARY = "VGG-A with and without batch normalisation: loss landscape, gradient predictiveness and effective beta"
 
 NETS = {"plain": "without BN", "bn": "with BN"}
+# Of the last layer, as the reports have it; `path_change` says what they are.
+ENVELOPES = {
+    "loss": "training loss",
+    "gradient_change": "change of the last layer's gradient",
+    "path_beta": "the same over the change of its weights",
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         model = network(config, norm=net == "bn", classes=int(train.labels.max()) + 1)
         probe = prober(model, prepare, batch, config)
         for rate in config.learning_rates:
-            optimizer = optax.chain(gradient_change("fc3"), optax.inject_hyperparams(optax.adam)(rate))
+            optimizer = optax.chain(path_change("fc3"), optax.inject_hyperparams(optax.adam)(rate))
             _, times = training.fit(
                 dataclasses.replace(run, directory=run.directory / arm(net, rate)),
                 train_step(model, optimizer, prepare, watch=last_change),
@@ -133,6 +139,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         (net, rate): logs.read_lines(directory / arm(net, rate) / "metrics.jsonl") for net in NETS for rate in rates
     }
     sizes = result["config"]["step_sizes"]
+    subject = f"VGG-A, {result['config']['dataset']}"
     where = f"on one batch, at {len(sizes)} step sizes {sizes[0]:g} to {sizes[-1]:g} along the gradient"
     for figure, quantity, title, label in (
         ("landscape.png", "loss", "Loss landscape: smallest to largest loss", "loss"),
@@ -151,23 +158,27 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
                 for rate in rates
             },
             directory / figure,
-            title=f"{title}, {where}",
+            title=f"{subject}. {title}, {where}",
             x_label="training steps",
             y_label=label,
             log=True,
         )
+    every = result["config"]["steps_per_call"]
+    each = "step" if every == 1 else f"{every} steps, in the mean over them,"
     plots.bands(
         {
             panel: {name: envelope([records[net, rate] for rate in rates], metric) for net, name in NETS.items()}
-            for metric, panel in (("loss", "training loss"), ("gradient_change", "change of the last layer's gradient"))
+            for metric, panel in ENVELOPES.items()
         },
         directory / "envelope.png",
-        title=f"Envelope over runs at learning rates {', '.join(f'{rate:g}' for rate in rates)}",
+        title=f"{subject}. Envelope over runs at learning rates {', '.join(f'{rate:g}' for rate in rates)}",
         x_label="training steps",
+        y_label="least and greatest over the runs",
+        log=True,
         share_y=False,
-        caption="At each step the least and the greatest value over the runs, as the reports draw it: how much the "
-        "learning rate matters, not how smooth the loss is at one point. The change is between the gradients of "
-        "successive steps, each on its own batch.",
+        caption=f"Every {each} the least and the greatest value over the runs, as the reports draw it: how much the "
+        "learning rate matters, not how smooth the loss is at one point. Change and beta are between successive "
+        "steps, each on its own batch; the first step, which has none before it, is left out.",
     )
 
 
@@ -211,23 +222,28 @@ def prober(
     return probe
 
 
-class GradientChange(NamedTuple):
-    """State of `gradient_change`: the last gradient of the layer's kernel, and its distance to the one before.
+class PathChange(NamedTuple):
+    """State of `path_change`: steps taken, one layer's gradient and kernel at the last, and what changed since.
 
-    `gradient` is a tree like the parameters, None at all other leaves, in float32 at least.
+    `gradient` and `weights` are trees like the parameters, None at all other leaves, in float32 at least.
     """
 
+    count: Array
     gradient: Any
+    weights: Any
     gradient_change: Array
+    path_beta: Array
 
 
-def gradient_change(layer: str) -> optax.GradientTransformationExtraArgs:
-    """Watches one layer's gradient: how far it is, in the 2-norm, from that of the step before (0 before step 1).
+def path_change(layer: str) -> optax.GradientTransformationExtraArgs:
+    """Watches how one layer's gradient changes from step to step, as the reports measure smoothness.
 
-    Updates pass as they are.
+    `gradient_change` is the 2-norm of the change (report B, section 3.1), `path_beta` that over the 2-norm of the
+    weights' own change (section 3.2). Both are 0 at the first step, which has none before it, and `path_beta` where
+    the weights stood still. Updates pass as they are.
 
     Raises:
-      ValueError: from `init`, if the parameters have no kernel of that layer.
+      ValueError: from `init`, if the parameters have no kernel of that layer; from `update` without parameters.
     """
 
     def watched(tree: Any) -> Any:
@@ -237,34 +253,46 @@ def gradient_change(layer: str) -> optax.GradientTransformationExtraArgs:
 
         return jax.tree.map_with_path(kernel, tree)
 
-    def init(params: optax.Params) -> GradientChange:
-        start = jax.tree.map(jnp.zeros_like, watched(params))
-        if jax.tree.leaves(params) and not jax.tree.leaves(start):
+    def init(params: optax.Params) -> PathChange:
+        weights = jax.tree.map(jnp.copy, watched(params))  # a copy, lest one buffer be donated twice
+        if jax.tree.leaves(params) and not jax.tree.leaves(weights):
             names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
             raise ValueError(f"layer {layer!r} has no kernel among the parameters {names}")
-        return GradientChange(start, jnp.zeros([], jnp.float32))
+        zero = jnp.zeros([], jnp.float32)
+        return PathChange(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, weights), weights, zero, zero)
 
     def update(
-        updates: optax.Updates, state: GradientChange, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, GradientChange]:
-        del params, extra_args
-        gradient = watched(updates)
-        change = optax.tree.norm(optax.tree.sub(gradient, state.gradient))
-        return updates, GradientChange(gradient, jnp.asarray(change, jnp.float32))
+        updates: optax.Updates, state: PathChange, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, PathChange]:
+        del extra_args
+        if params is None:
+            raise ValueError("path_change needs the parameters: call update(updates, state, params)")
+        gradient, weights = watched(updates), watched(params)
+        change, moved = (
+            optax.tree.norm(optax.tree.sub(new, old))
+            for new, old in ((gradient, state.gradient), (weights, state.weights))
+        )
+        change = jnp.where(state.count > 0, change, 0)
+        beta = jnp.where(moved == 0, 0, change / jnp.where(moved == 0, 1, moved))
+        count = optax.safe_increment(state.count)
+        return updates, PathChange(count, gradient, weights, change.astype(jnp.float32), beta.astype(jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def last_change(state: State) -> dict[str, Array]:
-    """What `gradient_change` saw in the last step."""
-    return {"gradient_change": optax.tree.get(state.opt_state, "gradient_change")}
+    """What `path_change` saw in the last step."""
+    return {name: optax.tree.get(state.opt_state, name) for name in ("gradient_change", "path_beta")}
 
 
 def envelope(runs: list[list[dict[str, Any]]], metric: str) -> tuple[list[int], list[float], list[float]]:
-    """Steps, and the least and greatest value of a metric over the runs at each of them."""
+    """Steps, and the least and greatest value of a metric over the runs at each of them, from the second record on.
+
+    The first is left out because it holds the first step, which has no gradient before it.
+    """
     steps = logs.curve(runs[0], metric)[0]
     values = np.array([_values(records, metric) for records in runs])
-    return steps, values.min(0).tolist(), values.max(0).tolist()
+    return steps[1:], values.min(0)[1:].tolist(), values.max(0)[1:].tolist()
 
 
 def summary(config: Config, directory: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -292,6 +320,7 @@ def summary(config: Config, directory: Path, seconds: dict[str, float]) -> dict[
         "effective_beta": ("effective beta", lambda net: probed(net, "beta_high")),
         "envelope_loss": ("envelope over rates: width, training loss", lambda net: spread(net, "loss")),
         "envelope_change": ("envelope over rates: width, gradient change", lambda net: spread(net, "gradient_change")),
+        "envelope_beta": ("envelope over rates: width, beta along the path", lambda net: spread(net, "path_beta")),
     }
     metrics: dict[str, Any] = {"train_seconds": sum(seconds.values())}
     rows: list[list[Any]] = []

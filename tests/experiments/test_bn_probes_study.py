@@ -47,8 +47,10 @@ def test_every_arm_is_trained_and_probed(tiny: tuple[Path, dict]) -> None:
             for record in (record for record in records if "beta_low" in record):
                 assert 0 <= record["beta_low"] <= record["beta_high"]
                 assert record["loss_low"] <= record["loss_high"]
-            changes = logs.curve(records, "gradient_change")[1]
-            assert min(changes) > 0
+            for name in ("gradient_change", "path_beta"):
+                first, *later = logs.curve(records, name)[1]
+                assert first == 0
+                assert min(later) > 0
 
 
 @pytest.mark.slow
@@ -85,22 +87,38 @@ def test_figures_are_drawn_from_the_logs_alone(tiny: tuple[Path, dict]) -> None:
 
 
 def test_the_envelope_spans_the_runs_at_each_step() -> None:
-    runs = [[{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.0, "beta_low": 0.0}], [{"step": 1, "loss": 2.0}]]
-    runs[1].append({"step": 2, "loss": 4.0})
-    assert bn_probes.envelope(runs, "loss") == ([1, 2], [2.0, 1.0], [3.0, 4.0])
+    losses = [(9.0, 3.0, 1.0), (9.0, 2.0, 4.0)]
+    runs = [[{"step": step, "loss": loss} for step, loss in enumerate(run, 1)] for run in losses]
+    runs[0].insert(1, {"step": 2, "beta_low": 0.0})  # a probe's record, without the metric
+    assert bn_probes.envelope(runs, "loss") == ([2, 3], [2.0, 1.0], [3.0, 4.0])
 
 
-def test_gradient_change_is_the_distance_between_successive_gradients() -> None:
-    params = {"fc3": {"kernel": jnp.zeros((2, 2))}, "conv1": {"kernel": jnp.zeros(3)}}
-    watch = bn_probes.gradient_change("fc3")
-    state, last = watch.init(params), np.zeros((2, 2))
-    for seed in range(3):
-        gradient = jax.random.normal(jax.random.key(seed), (2, 2))
-        updates = {"fc3": {"kernel": gradient}, "conv1": {"kernel": jnp.ones(3)}}
-        passed, state = watch.update(updates, state, params)
+def test_path_change_compares_successive_gradients_and_weights() -> None:
+    watch = bn_probes.path_change("fc3")
+    kernels, gradients = np.random.default_rng(0).normal(size=(2, 4, 2, 2)).astype(np.float32)
+    kernels[3] = kernels[2]  # the weights stood still
+    state = watch.init({"fc3": {"kernel": kernels[0]}, "conv1": {"kernel": jnp.zeros(3)}})
+    for step in range(4):
+        updates = {"fc3": {"kernel": gradients[step]}, "conv1": {"kernel": jnp.ones(3)}}
+        passed, state = watch.update(
+            updates, state, {"fc3": {"kernel": kernels[step]}, "conv1": {"kernel": jnp.ones(3)}}
+        )
         assert passed is updates
-        assert float(state.gradient_change) == pytest.approx(np.linalg.norm(np.asarray(gradient) - last), rel=1e-6)
-        last = np.asarray(gradient)
+        change = np.linalg.norm(gradients[step] - gradients[step - 1]) if step else 0
+        beta = change / np.linalg.norm(kernels[step] - kernels[step - 1]) if step in (1, 2) else 0
+        assert float(state.gradient_change) == pytest.approx(change, rel=1e-6)
+        assert float(state.path_beta) == pytest.approx(beta, rel=1e-6)
+
+
+def test_path_beta_on_a_quadratic_is_its_curvature() -> None:
+    watch = bn_probes.path_change("fc3")
+    params = {"fc3": {"kernel": jnp.array([[1.0, -2.0]])}}
+    tx = optax.chain(watch, optax.sgd(0.1))
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jax.tree.map(lambda w: 3 * w, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(state[0].path_beta) == pytest.approx(3, rel=1e-5)
 
 
 @pytest.mark.slow
