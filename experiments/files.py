@@ -40,4 +40,4 @@ def cache_folder(name: str) -> Path:
     """The folder `name` of this project's caches: in COMPACT_JAX_CACHE, else in the user's cache directory."""
     asked = os.environ.get("COMPACT_JAX_CACHE")
     root = Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "compact-jax"
-    return root.expanduser() / name
+    return root.expanduser().absolute() / name

@@ -119,7 +119,7 @@ def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
         marks[group] = {}
         for comparison in result["comparisons"]:
             if comparison.get("cut") == group:
-                x, y = marks[group].setdefault(f"report {comparison['report']}, DessiLBI", ([], []))
+                x, y = marks[group].setdefault(comparison["legend"], ([], []))
                 x.append(comparison["percent"])
                 y.append(100 - comparison["published"])
     plots.panels(

@@ -103,7 +103,14 @@ def compare(
 
 
 def compare_cuts(
-    config: Any, arms: Records, group: str, cite: tuple[str, int, str], *, arm: str = "dessilbi", note: str = ""
+    config: Any,
+    arms: Records,
+    group: str,
+    cite: tuple[str, int, str],
+    *,
+    arm: str = "dessilbi",
+    note: str = "",
+    caveat: str = "",
 ) -> list[dict[str, Any]]:
     """A published table of accuracies after cutting: one comparison for each fraction that both have.
 
@@ -114,6 +121,7 @@ def compare_cuts(
       cite: report, table and column; its rows are percentages.
       arm: whose numbers.
       note: for all.
+      caveat: of the published numbers, for the figure's legend.
     """
     report, number, column = cite
     rows = [row[0] for row in table(report, number).rows]
@@ -129,6 +137,7 @@ def compare_cuts(
             note=note,
             cut=group,
             percent=100 * fraction,
+            legend=f"report {report}, DessiLBI{caveat}",
         )
         for i, fraction in enumerate(config.fractions)
         if group in config.prune and round(100 * fraction) in rows

@@ -122,6 +122,7 @@ def _comparisons(config: Config, arms: path_tables.Records) -> list[dict[str, An
         "conv3+fc1",
         ("A", 10, "conv3 + fc1: accuracy, %"),
         note="The report printed conv3's numbers in this column too.",
+        caveat="\n(printed as for conv3 alone)",
     )
     found += [
         path_tables.compare(
