@@ -212,6 +212,15 @@ def top_k(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run
     return [Value(o.aval, labels) for o in eqn.outvars], None
 
 
+def fft(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """The last axes are transformed, each of its frequencies from all positions: they must not change."""
+    labels = list(ins[0].labels)
+    for axis in range(len(labels) - len(eqn.params["fft_lengths"]), len(labels)):
+        settle(walk.elements, labels, axis)
+        labels = [walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+    return labelled(eqn, labels), None
+
+
 def random_bits(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Noise has whatever size its neighbours have; a cut network draws other numbers than the dense one."""
     shape = eqn.params["shape"]
@@ -260,6 +269,7 @@ SHAPE_RULES = {
     "squeeze": squeeze,
     "sort": sort,
     "top_k": top_k,
+    "fft": fft,
     "random_bits": random_bits,
     "rev": reverse,
 }

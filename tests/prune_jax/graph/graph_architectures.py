@@ -403,6 +403,19 @@ def width_cumulative():
 
 
 @architecture
+def fourier_mixing():
+    def net(p, x):
+        h = jnp.tanh(x @ p["a"])  # (batch, tokens, width)
+        h = h + jnp.fft.irfft(jnp.fft.rfft(h, axis=1) * p["filter"][None], n=5, axis=1)  # GFNet's global filter
+        u = jnp.tanh(h @ p["b"])
+        u = u + jnp.fft.fft2(u).real  # FNet's mixing, of tokens and width: the width must not change
+        return (jax.nn.relu(u @ p["c"]) @ p["d"]).sum(1)
+
+    shapes = {"a": (3, 8), "filter": (3, 8), "b": (8, 4), "c": (4, 8), "d": (8, 2)}
+    return net, weights(**shapes), (data(2, 5, 3),)
+
+
+@architecture
 def stacked():
     def net(p, x):
         both = jnp.stack([x @ p["a"], x @ p["b"]], 1)  # (batch, 2, width)
