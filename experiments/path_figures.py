@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import logs, plots
+from experiments import image_plots, logs, pictures, plots
 from experiments.optimizers import is_path, titles
 
 _LAYERS_SHOWN = 8
@@ -39,17 +39,17 @@ def log_arrays(directory: Path, step: int, arrays: Mapping[str, np.ndarray]) -> 
 def _kernels(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The strongest filters by the slice of their strongest input channel in `weights`, strongest filter first."""
     if kernel.ndim == 2:
-        return plots.diverging(kernel, np.abs(kernel).max())
+        return pictures.diverging(kernel, np.abs(kernel).max())
     strength = np.square(weights).sum((0, 1))  # (channels, filters)
     filters = np.argsort(-strength.sum(0), kind="stable")[:_FILTERS_SHOWN]
     slices = kernel[:, :, strength.argmax(0)[filters], filters]
-    return plots.mosaic(plots.diverging(np.moveaxis(slices, -1, 0), np.abs(slices).max()))
+    return pictures.mosaic(pictures.diverging(np.moveaxis(slices, -1, 0), np.abs(slices).max()))
 
 
 def _features(maps: np.ndarray) -> np.ndarray:
     """Every channel's map, black where it is largest, on one scale."""
     maps = np.moveaxis(maps, -1, 0)[..., None]
-    return plots.mosaic(np.rint(255 * (1 - maps / max(maps.max(), 1e-30))).astype(np.uint8))
+    return pictures.mosaic(np.rint(255 * (1 - maps / max(maps.max(), 1e-30))).astype(np.uint8))
 
 
 def draw(directory: Path, result: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def _draw_pictures(directory: Path, config: dict[str, Any], arms: list[str], tit
     rows: dict[str, dict[str, np.ndarray]] = {}
     for row, name in (("W", "kernels W"), ("Gamma", "kernels Gamma")):
         rows[row] = {named[arm]: image for arm in arms if (image := picture(arm, name)) is not None}
-    plots.pictures(
+    image_plots.image_table(
         {row: images for row, images in rows.items() if images},
         directory / "kernels.png",
         title=f"{title}: the {_FILTERS_SHOWN} strongest filters of {config['kernels']} at most, each by its strongest "
@@ -153,7 +153,7 @@ def _draw_pictures(directory: Path, config: dict[str, Any], arms: list[str], tit
         layer: {named[arm]: image for arm in arms if (image := picture(arm, f"features {layer}")) is not None}
         for layer in config["features"]
     }
-    plots.pictures(
+    image_plots.image_table(
         features,
         directory / "features.png",
         title=f"{title}: feature maps of the first test image, each picture on its own scale",

@@ -50,3 +50,22 @@ def photograph_tiles(shape: tuple[int, int, int]) -> np.ndarray:
 
 def _pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def mosaic(tiles: np.ndarray, *, gap: int = 1) -> np.ndarray:
+    """Arranges uint8 tiles (N, H, W, C) in a rectangle, about square, on light grey: uint8 (H', W', C)."""
+    count, height, width, channels = tiles.shape
+    across = max(1, round(np.sqrt(count * (height + gap) / (width + gap))))
+    down = -(-count // across)
+    sheet = np.full((down * (height + gap) + gap, across * (width + gap) + gap, channels), 221, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = (i // across) * (height + gap) + gap, (i % across) * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def diverging(values: np.ndarray, largest: float) -> np.ndarray:
+    """Colours: white at 0, red up to `largest`, blue down to minus that; (...) to uint8 (..., 3)."""
+    strength = np.clip(np.abs(values) / max(largest, 1e-30), 0, 1)[..., None]
+    ends = np.where(values[..., None] > 0, (178, 24, 43), (33, 102, 172))
+    return np.rint(255 + strength * (ends - 255)).astype(np.uint8)

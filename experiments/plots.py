@@ -13,55 +13,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-_INK, _MUTED, _GRID = "#222222", "#666666", "#dddddd"
+INK, MUTED, GRID = "#222222", "#666666", "#dddddd"
 _COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02", "#35978f")
-
-
-def image_rows(
-    rows: Mapping[str, Sequence[np.ndarray] | np.ndarray],
-    path: Path,
-    *,
-    title: str,
-    cell: float = 1.1,
-    captions: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Draws rows of images of one shape on the page, each row with its name; no image is interpolated.
-
-    Args:
-      rows: name -> N images, uint8 (H, W, C); H and W may differ between images (their ratio should not), N may not.
-      path: PNG to write.
-      title: above all.
-      cell: width of an image on the page, inches.
-      captions: row name -> N texts, each below its image; rows without are left out.
-    """
-    captions = captions or {}
-    count = len(next(iter(rows.values())))
-    first = next(iter(rows.values()))[0]
-    longest = max(len(line) for name in rows for line in name.splitlines() or [""])
-    label, line = max(1.5, 0.085 * longest), 0.17 if captions else 0.0
-    tall = cell * first.shape[0] / first.shape[1] + line
-    figure = Figure(figsize=(label + count * cell, len(rows) * tall + 0.45), dpi=150)
-    grid = figure.subplots(len(rows), count, squeeze=False)
-    for axes, (name, images) in zip(grid, rows.items(), strict=True):
-        for axis, image in zip(axes, images, strict=True):
-            axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-        for axis, text in zip(axes, captions.get(name, ()), strict=False):
-            axis.set_xlabel(text, fontsize=7, color=_MUTED, labelpad=2)
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
-    width, height = figure.get_size_inches()
-    figure.subplots_adjust(
-        left=label / width,
-        right=1 - 0.05 / width,
-        top=1 - 0.4 / height,
-        bottom=(0.05 + line) / height,
-        wspace=0.06,
-        hspace=0.06 + line / (tall - line),
-    )
-    figure.suptitle(title, fontsize=10, color=_INK, y=1 - 0.12 / height, va="top")
-    save(figure, path)
 
 
 def curves(
@@ -108,7 +61,7 @@ def curves(
     # A legend, since names at the ends of lines that end close together would write over each other.
     axis.legend(fontsize=9, frameon=False, labelcolor="linecolor", loc="best")
     for name, level in (levels or {}).items():
-        axis.axhline(level, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axis.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axis.annotate(
             f"{name}: {level:g}",
             (1, level),
@@ -118,7 +71,7 @@ def curves(
             ha="right",
             va="top",
             fontsize=8,
-            color=_MUTED,
+            color=MUTED,
         )
     axis.margins(y=0.15)
     _dress(axis, title, x_label, y_label)
@@ -189,8 +142,8 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], path: 
     axis.set_aspect("equal")
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.spines[:].set_color(_GRID)
-    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    axis.spines[:].set_color(GRID)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
     save(figure, path)
 
 
@@ -235,9 +188,9 @@ def panels(
                 low, high = (np.clip(end, *band_limits) for end in (np.subtract(y, spread[0]), np.add(y, spread[0])))
                 axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         for (name, (x, y)), shape in zip((marks or {}).get(panel, {}).items(), "sD^v", strict=False):
-            (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=_MUTED, markersize=5)
+            (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=MUTED, markersize=5)
         _dress(axis, panel, x_label, size=9)
-    axes[0].set_ylabel(y_label, color=_INK)
+    axes[0].set_ylabel(y_label, color=INK)
     if log_y:
         axes[0].set_yscale("log")
         for set_formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
@@ -245,54 +198,8 @@ def panels(
     if y_limits != (None, None):
         axes[0].set_ylim(*y_limits)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10, color=_INK, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     save(figure, path)
-
-
-def pictures(grid: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, title: str, cell: float = 2.0) -> None:
-    """Draws a table of images with names for its rows and columns; images may differ in size, none is interpolated.
-
-    Args:
-      grid: row -> column -> uint8 (H, W, C); a cell may be missing.
-      path: PNG to write.
-      title: above all.
-      cell: width and height of a cell on the page, inches.
-    """
-    columns = list(dict.fromkeys(column for row in grid.values() for column in row))
-    size = (1.1 + cell * len(columns), 0.6 + cell * len(grid))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    for axes, (row, images) in zip(figure.subplots(len(grid), len(columns), squeeze=False), grid.items(), strict=True):
-        for axis, column in zip(axes, columns, strict=True):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if column in images:
-                image = images[column]
-                axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-            if row == next(iter(grid)):
-                axis.set_title(column, fontsize=9, color=_INK)
-        axes[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=9, color=_INK, labelpad=6)
-    figure.suptitle("\n".join(textwrap.wrap(title, round(14 * size[0]))), fontsize=10, color=_INK)
-    save(figure, path)
-
-
-def mosaic(tiles: np.ndarray, *, gap: int = 1) -> np.ndarray:
-    """Arranges uint8 tiles (N, H, W, C) in a rectangle, about square, on light grey: uint8 (H', W', C)."""
-    count, height, width, channels = tiles.shape
-    across = max(1, round(np.sqrt(count * (height + gap) / (width + gap))))
-    down = -(-count // across)
-    sheet = np.full((down * (height + gap) + gap, across * (width + gap) + gap, channels), 221, np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = (i // across) * (height + gap) + gap, (i % across) * (width + gap) + gap
-        sheet[top : top + height, left : left + width] = tile
-    return sheet
-
-
-def diverging(values: np.ndarray, largest: float) -> np.ndarray:
-    """Colours: white at 0, red up to `largest`, blue down to minus that; (...) to uint8 (..., 3)."""
-    strength = np.clip(np.abs(values) / max(largest, 1e-30), 0, 1)[..., None]
-    ends = np.where(values[..., None] > 0, (178, 24, 43), (33, 102, 172))
-    return np.rint(255 + strength * (ends - 255)).astype(np.uint8)
 
 
 def confusion(counts: np.ndarray, names: Sequence[str], path: Path, *, title: str) -> None:
@@ -319,16 +226,16 @@ def confusion(counts: np.ndarray, names: Sequence[str], path: Path, *, title: st
                 ha="center",
                 va="center",
                 fontsize=8,
-                color=_INK,
+                color=INK,
                 weight="bold" if row == column else "normal",
             )
     axis.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 2 else 0)
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(length=0)
-    axis.spines[:].set_color(_GRID)
-    axis.set_xlabel("answer", color=_INK)
-    axis.set_ylabel("true class (rows add up to 100 %)", color=_INK)
-    axis.set_title(title, fontsize=10, color=_INK, loc="left")
+    axis.spines[:].set_color(GRID)
+    axis.set_xlabel("answer", color=INK)
+    axis.set_ylabel("true class (rows add up to 100 %)", color=INK)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
     save(figure, path)
 
 
@@ -362,14 +269,14 @@ def matrix(
     for (row, column), value in np.ndenumerate(values):
         zero = log and value == 0
         text = f"{value:#.2g}".rstrip(".") if log and not zero else f"{value:.0f}"
-        colour, weight = (_COLOURS[1], "bold") if zero else (_INK, "normal")
+        colour, weight = (_COLOURS[1], "bold") if zero else (INK, "normal")
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour, weight=weight)
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
     axis.tick_params(length=0)
-    axis.spines[:].set_color(_GRID)
-    axis.set_xlabel(x_label, color=_INK, fontsize=9)
-    figure.suptitle("\n".join(textwrap.wrap(title, round(13 * size[0]))), fontsize=10, color=_INK)
+    axis.spines[:].set_color(GRID)
+    axis.set_xlabel(x_label, color=INK, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(title, round(13 * size[0]))), fontsize=10, color=INK)
     save(figure, path)
 
 
@@ -407,22 +314,22 @@ def bands(
         if log:
             axis.set_yscale("log")
         _dress(axis, panel, size=9)
-    axes[0].set_ylabel(y_label, color=_INK)
+    axes[0].set_ylabel(y_label, color=INK)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
     wrapped = textwrap.fill(caption, int(16 * width))
-    figure.supxlabel(x_label + (f"\n\n{wrapped}" if caption else ""), fontsize=8, color=_INK)
-    figure.suptitle(title, fontsize=10, color=_INK, x=0.01, ha="left")
+    figure.supxlabel(x_label + (f"\n\n{wrapped}" if caption else ""), fontsize=8, color=INK)
+    figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     save(figure, path)
 
 
 def _dress(axis: Axes, title: str, x_label: str = "", y_label: str = "", *, size: float = 10) -> None:
     """The look of all axes with numbers: level lines, no frame, a title of that size at the left."""
-    axis.grid(axis="y", color=_GRID, linewidth=0.6)
+    axis.grid(axis="y", color=GRID, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(x_label, color=_INK)
-    axis.set_ylabel(y_label, color=_INK)
-    axis.set_title(title, fontsize=size, color=_INK, loc="left")
+    axis.set_xlabel(x_label, color=INK)
+    axis.set_ylabel(y_label, color=INK)
+    axis.set_title(title, fontsize=size, color=INK, loc="left")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from experiments import logs, pictures, plots
+from experiments import image_plots, logs, pictures, plots
 from experiments.runs import Run
 from experiments.studies.token_presets import Config
 from experiments.token_methods import TITLES, Profile, speed_up, stages, vit_of
@@ -109,7 +109,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     ranges = metrics["profile"]["ranges"]
     maps = logs.read_images(directory / "images.jsonl", "attention")[0]
     scale = max(1, round(96 / maps.shape[1]))
-    plots.image_rows(
+    image_plots.image_rows(
         {"a query a row,\na key a column": repeat(maps, "n h w c -> n (h a) (w b) c", a=scale, b=scale)},
         directory / "attention.png",
         title=f"{on}: attention among patches, mean over heads",
@@ -211,7 +211,7 @@ def _draw_decisions(directory: Path, series: str, on: str) -> None:
         "skip": "patches that each block computes, keep rate 0.5",
         "tome": "patches that ToMe has merged, as their mean; keep rate 0.5",
     }
-    plots.image_rows(rows, directory / FILES[series], title=f"{on}: {said[series]}", cell=0.9)
+    image_plots.image_rows(rows, directory / FILES[series], title=f"{on}: {said[series]}", cell=0.9)
 
 
 def _draw_similarity(directory: Path, metrics: dict[str, Any], on: str) -> None:

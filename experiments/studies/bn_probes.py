@@ -228,7 +228,7 @@ class PathChange(NamedTuple):
     `gradient` and `weights` are trees like the parameters, None at all other leaves, in float32 at least.
     """
 
-    count: Array
+    steps: Array
     gradient: Any
     weights: Any
     gradient_change: Array
@@ -272,10 +272,10 @@ def path_change(layer: str) -> optax.GradientTransformationExtraArgs:
             optax.tree.norm(optax.tree.sub(new, old))
             for new, old in ((gradient, state.gradient), (weights, state.weights))
         )
-        change = jnp.where(state.count > 0, change, 0)
+        change = jnp.where(state.steps > 0, change, 0)
         beta = jnp.where(moved == 0, 0, change / jnp.where(moved == 0, 1, moved))
-        count = optax.safe_increment(state.count)
-        return updates, PathChange(count, gradient, weights, change.astype(jnp.float32), beta.astype(jnp.float32))
+        steps = optax.safe_increment(state.steps)
+        return updates, PathChange(steps, gradient, weights, change.astype(jnp.float32), beta.astype(jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 import functa_jax as fj
-from experiments import data, folder, logs, plots, runs, training
+from experiments import data, folder, image_plots, logs, plots, runs, training
 from experiments.models.functa import Functa, to_unit
 from experiments.published import published
 from experiments.runs import Run
@@ -175,7 +175,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         f"{_latent_name(result['config']['latent'])}, "
         f"fitted in {result['config']['inner_steps']} steps; test images, mean {metrics['test_psnr']:.2f} dB"
     )
-    plots.image_rows(rows, directory / "reconstructions.png", title=title)
+    image_plots.image_rows(rows, directory / "reconstructions.png", title=title)
     records = logs.read_lines(directory / "metrics.jsonl")
     plots.curves(
         {"PSNR": logs.curve(records, "validation_psnr")},
@@ -190,7 +190,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     evenly = np.geomspace(steps[0], steps[-1], num=6)
     chosen = sorted({min(steps, key=lambda s: abs(np.log(s / at))) for at in evenly})
     originals = {"original": logs.read_images(images, "held_out_originals")[step]}
-    plots.image_rows(
+    image_plots.image_rows(
         {f"step {s}": snapshots[s] for s in chosen} | originals,
         directory / "phases.png",
         title=f"{result['study']} {result['preset']}: the same held-out images during training",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import functa_jax as fj
-from experiments import data, logs, plots, runs, trained, training
+from experiments import data, image_plots, logs, plots, runs, trained, training
 from experiments.chunks import Fitter
 from experiments.classification import PadMode, crop_and_flip
 from experiments.config import Preset
@@ -239,7 +239,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     (record,) = logs.read_lines(directory / "statistics.jsonl")
     metrics, shown = result["metrics"], record["shown"]
     size = " x ".join(map(str, metrics["latent_shape"]))
-    plots.image_rows(
+    image_plots.image_rows(
         {
             "original": logs.read_images(images, "originals")[0],
             "its latent": logs.read_images(images, "reconstructions")[0],

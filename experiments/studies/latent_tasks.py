@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import functa_jax as fj
-from experiments import classical, data, logs, pictures, plots, runs, training
+from experiments import classical, data, image_plots, logs, pictures, runs, training
 from experiments.config import Preset
 from experiments.files import write_atomically
 from experiments.models.functa import Functa
@@ -283,7 +283,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     for task in dict.fromkeys(row[0] for row in rows):
         _draw_task(directory, result["config"], task, [row for row in rows if row[0] == task])
     names = [_strip(pair, space) for pair in _PAIRS for space in ("latents", "pixels")]
-    plots.image_rows(
+    image_plots.image_rows(
         {name: logs.read_images(directory / "images.jsonl", name)[0] for name in names},
         directory / "interpolation.png",
         title=f"{result['config']['functa']}: from one test image to another, through latents and through pixels",
@@ -314,4 +314,4 @@ def _draw_task(directory: Path, config: dict[str, Any], task: str, rows: list[li
     title = f"{run}: " + (
         "images of its own kind and of others, fitted" if task == "fitting" else f"{task}, test images"
     )
-    plots.image_rows(shown, directory / f"{task}.png", title=title, captions=captions)
+    image_plots.image_rows(shown, directory / f"{task}.png", title=title, captions=captions)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 import functa_jax as fj
-from experiments import data, logs, plots
+from experiments import data, image_plots, logs, plots
 from experiments.config import Preset
 from experiments.models.siren import Recipe, fit
 from experiments.pictures import resize
@@ -215,7 +215,7 @@ def _draw_networks(config: Config, directory: Path, metrics: dict[str, Any]) -> 
     captions = {net: [f"{value:.2f} dB" for value in values] for net, values in psnr.items()}
     captions["original"] = [f"height {size}" for size in config.sizes]
     rows["original"] = [originals[size][0] for size in config.sizes]
-    plots.image_rows(
+    image_plots.image_rows(
         rows,
         directory / "reconstructions.png",
         title=f"{config.source}: SIRENs of units x hidden layers, {config.steps} steps",
@@ -258,7 +258,7 @@ def _draw_steps(config: Config, directory: Path, metrics: dict[str, Any]) -> Non
         series = {f"{mark} steps": (config.sizes, psnr) for mark, psnr in by_size.items()}
     if config.source == "cifar10":
         series |= _of_report_b(config)
-    plots.image_rows(
+    image_plots.image_rows(
         rows,
         directory / "reconstructions.png",
         title=f"{config.source}: SIREN of {layers} hidden layers of {width} units",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import functa_jax as fj
-from experiments import classical, logs, plots
+from experiments import classical, image_plots, logs
 from experiments.models.siren import Fitted
 from experiments.pictures import to_bytes
 
@@ -78,7 +78,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     metrics, name = result["metrics"], result["config"]["source"]
     records = logs.read_lines(directory / "images.jsonl")
     found = {r["name"]: logs.decode_png(r["png"][0]) for r in records if r["name"] != "originals"}
-    plots.image_rows(
+    image_plots.image_rows(
         {
             source: [found[source], found[f"{source}_gradient"], found[f"{source}_laplacian"]]
             for source in ("image", "network")
@@ -99,7 +99,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     whole = [enlarged["bicubic"], enlarged["siren"], found["original"]]
     high, wide = found["original"].shape[:2]
     low = found["image"].shape[:2]
-    plots.image_rows(
+    image_plots.image_rows(
         {"whole": whole, "part": [_part(image) for image in whole]},
         directory / FIGURES[1],
         title=f"{name}: {low[0]}x{low[1]} enlarged to {enlarged['siren'].shape[0]}x{enlarged['siren'].shape[1]}; "
@@ -112,7 +112,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         },
         cell=2.6,
     )
-    plots.image_rows(
+    image_plots.image_rows(
         {"": [_framed(found["extension"])]},
         directory / FIGURES[2],
         title=f"{name}: the SIREN on [-{_LIMIT:g}, {_LIMIT:g}], fitted in the frame",
