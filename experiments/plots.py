@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
 INK, MUTED, GRID = "#222222", "#666666", "#dddddd"
 _COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02", "#35978f")
@@ -193,8 +193,9 @@ def panels(
     axes[0].set_ylabel(y_label, color=INK)
     if log_y:
         axes[0].set_yscale("log")
-        for set_formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-            set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter("")
     if y_limits != (None, None):
         axes[0].set_ylim(*y_limits)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
