@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.selection import MAX_GROUP_SIZE, keep_largest
-from prune_jax.tree import PyTree, is_none, map_masked, path_filter, path_name
+from prune_jax.tree import PyTree, check_bool, check_count, is_none, map_masked, path_filter, path_name, widen
 
 Scope = str | Callable[[str], str | None]
 Exclude = str | Callable[[str], bool] | None
@@ -35,7 +35,8 @@ def make_masks(
 ) -> PyTree:
     """Masks that cut the lowest scores.
 
-    In each group of N scores exactly ``int(sparsity * N)`` of the smallest are cut. Among equal scores the earlier
+    In each group of N scores exactly ``floor(sparsity * N)`` of the smallest are cut, as the decimals are written: 0.29
+    of 100 are 29, though the product of the floats is below that. Among equal scores the earlier
     ones in the tree are cut first, so the result is deterministic.
 
     Args:
@@ -52,7 +53,8 @@ def make_masks(
         Pytree of bool like ``scores``: True = keep; None where a leaf is left alone.
 
     Raises:
-        ValueError: sparsity outside [0, 1], NaN scores, an unknown scope, or a shape that blocks do not divide.
+        ValueError: sparsity outside [0, 1], NaN scores, an unknown scope, a block that is not two whole numbers, or a
+            shape that blocks do not divide.
         TypeError: scores that are not floating point, or a traced sparsity (counts must be known when tracing).
 
     Example:
@@ -69,7 +71,12 @@ def make_masks(
     _check_scores(scores, exclude)
     if block is None:
         return masks_from_counts(scores, groups, cut_counts(scores, groups, sparsity))
+    if not isinstance(block, Sequence) or len(block) != 2:
+        raise ValueError(f"block must be (rows, columns) of the last two axes, got {block!r}")
+    for name, side in zip(("block's rows", "block's columns"), block, strict=True):
+        check_count(name, side, 1)
     blocks = _map_named(lambda name, leaf: _block_sums(name, leaf, block), scores, exclude)
+    _check_scores(blocks, None)  # inf - inf
     masks = masks_from_counts(blocks, groups, cut_counts(blocks, groups, sparsity))
     return jax.tree.map(lambda mask: mask.repeat(block[0], -2).repeat(block[1], -1), masks)
 
@@ -89,7 +96,7 @@ def make_nm_masks(scores: PyTree, n: int = 2, m: int = 4, *, axis: int = -2, exc
         Pytree of bool like ``scores``. Among equal scores the earlier ones are cut.
 
     Raises:
-        ValueError: n outside [0, m], NaN scores, or an axis that ``m`` does not divide.
+        ValueError: n or m no whole number, n outside [0, m], NaN scores, or an axis that ``m`` does not divide.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +106,9 @@ def make_nm_masks(scores: PyTree, n: int = 2, m: int = 4, *, axis: int = -2, exc
 
     Reference: Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv:2104.08378.
     """
-    if not 0 <= n <= m or m < 1:
+    check_count("n", n, 0)
+    check_count("m", m, 1)
+    if n > m:
         raise ValueError(f"n={n}, m={m}: need 0 <= n <= m and m >= 1")
     _check_scores(scores, exclude)
 
@@ -128,6 +137,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
     Raises:
         ValueError: structures or shapes differ; the paths are named.
+        TypeError: masks that are not bool.
 
     Example:
         >>> import jax.numpy as jnp
@@ -148,12 +158,16 @@ def sparsity(masks: PyTree) -> float | jax.Array:
     Returns:
         Fraction in [0, 1]: a float, or a traced scalar inside jit; 0 if nothing is masked.
 
+    Raises:
+        TypeError: masks that are not bool.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from prune_jax import sparsity
         >>> sparsity({"w": jnp.array([True, False, False, False]), "bias": None})
         0.75
     """
+    check_bool(masks)
     leaves = jax.tree.leaves(masks)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         cut = sum(jnp.sum(~leaf, dtype=jnp.float32) for leaf in leaves)
@@ -172,12 +186,16 @@ def layer_statistics(masks: PyTree) -> dict[str, LayerStatistics]:
     Returns:
         Path of each masked leaf -> weights kept, weights in all, fraction removed.
 
+    Raises:
+        TypeError: masks that are not bool.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from prune_jax import layer_statistics
         >>> layer_statistics({"w": jnp.array([True, False])})
         {'w': LayerStatistics(kept=1, total=2, sparsity=0.5)}
     """
+    check_bool(masks)
     result = {}
     for path, mask in jax.tree_util.tree_flatten_with_path(masks)[0]:
         kept = int(jnp.sum(mask, dtype=jnp.uint32))
@@ -191,9 +209,14 @@ def check_sparsity(sparsity: float) -> float:
         raise TypeError("sparsity is traced; it must be a number known when tracing, because it decides exact counts")
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real | np.ndarray | jax.Array):
         raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    if not 0 <= float(sparsity) <= 1:
+    if np.ndim(sparsity):
+        raise TypeError(f"sparsity must be one number in [0, 1], got an array of shape {np.shape(sparsity)}")
+    value = np.asarray(sparsity)
+    # The decimals that a float32 was written with: 0.9, not 0.89999998, of which int(0.9 * 10) would be 8.
+    number = float(str(value[()])) if np.issubdtype(value.dtype, np.floating) else float(value)
+    if not 0 <= number <= 1:
         raise ValueError(f"sparsity is the fraction removed and must be in [0, 1], got {sparsity!r}")
-    return float(sparsity)
+    return number
 
 
 def group_leaves(scores: PyTree, scope: Scope, exclude: Exclude) -> list[list[int]]:
@@ -213,12 +236,13 @@ def group_leaves(scores: PyTree, scope: Scope, exclude: Exclude) -> list[list[in
 
 
 def cut_counts(scores: PyTree, groups: Sequence[Sequence[int]], sparsity: float) -> np.ndarray:
-    """How many to cut in each group: ``int(sparsity * N)``, uint32."""
+    """How many to cut in each group: ``floor(sparsity * N)`` but for rounding, uint32."""
     sizes = [0 if leaf is None else leaf.size for leaf in jax.tree.leaves(scores, is_leaf=is_none)]
     totals = [sum(sizes[index] for index in group) for group in groups]
     if max(totals, default=0) > MAX_GROUP_SIZE:
         raise ValueError(f"a group has {max(totals)} weights, more than {MAX_GROUP_SIZE}; use a finer scope")
-    return np.array([int(sparsity * total) for total in totals], np.uint32)
+    # 0.29 * 100 is 28.999999999999996: products are off by a few 1e-16 of themselves.
+    return np.array([min(total, int(sparsity * total * (1 + 1e-14))) for total in totals], np.uint32)
 
 
 def masks_from_counts(scores: PyTree, groups: Sequence[Sequence[int]], counts: np.ndarray | jax.Array) -> PyTree:
@@ -245,13 +269,20 @@ def _any_nan(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isnan(leaf).any() for leaf in leaves]
 
 
+def check_floating(scores: PyTree, exclude: Exclude) -> PyTree:
+    """``scores`` without what is excluded; TypeError if a leaf is not a floating-point array."""
+    return _map_named(_floating, scores, exclude)
+
+
 def _check_scores(scores: PyTree, exclude: Exclude) -> None:
-    scores = _map_named(_floating, scores, exclude)
+    scores = check_floating(scores, exclude)
     if bad := nan_paths(scores):
         raise ValueError(f"scores are NaN in {bad[:5]}; check the inputs and the loss they were computed from")
 
 
 def _floating(name: str, leaf: jax.Array) -> jax.Array:
+    if not hasattr(leaf, "shape"):
+        raise TypeError(f"scores: {name!r} is {leaf!r}, scores must be arrays")
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         raise TypeError(f"scores: {name!r} has dtype {jnp.result_type(leaf)}, scores must be floating point")
     return leaf
@@ -271,4 +302,4 @@ def _block_sums(name: str, leaf: jax.Array, block: tuple[int, int]) -> jax.Array
     if leaf.ndim < 2 or leaf.shape[-2] % block[0] or leaf.shape[-1] % block[1]:
         raise ValueError(f"block={block} does not divide {name!r} with shape {leaf.shape}; exclude it by path")
     rows, columns = leaf.shape[-2] // block[0], leaf.shape[-1] // block[1]
-    return leaf.reshape(*leaf.shape[:-2], rows, block[0], columns, block[1]).sum((-3, -1))
+    return widen(leaf).reshape(*leaf.shape[:-2], rows, block[0], columns, block[1]).sum((-3, -1))

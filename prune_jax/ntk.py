@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prune_jax.tree import PyTree, merge, select
+from prune_jax.tree import PyTree, merge, select, widen
 
 
 def ntk(
@@ -31,7 +31,8 @@ def ntk(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs`` with leading axis = examples. Examples must not interact.
-        params: pytree of parameters; floating-point leaves are differentiated.
+        params: pytree of parameters; floating-point leaves are differentiated, half precision widened to float32, as
+            the inputs are.
         inputs: one batch, leading axis = B examples.
         chunk: examples a block (exact), or probes at a time.
         probes: None = exact, else the number of random probes.
@@ -53,6 +54,7 @@ def ntk(
     Reference: Jacot et al., Neural Tangent Kernel, arXiv:1806.07572.
     """
     keys = _probe_keys(chunk, probes, key)
+    params, inputs = widen((params, inputs))
     if keys is not None:
         products = lax.map(_pushforward(apply_fn, params, inputs), keys, batch_size=chunk)
         return jnp.matmul(products.T, products, precision=lax.Precision.HIGHEST) / len(keys)
@@ -89,7 +91,8 @@ def ntk_trace(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs`` with leading axis = examples. Examples must not interact.
-        params: pytree of parameters; floating-point leaves are differentiated.
+        params: pytree of parameters; floating-point leaves are differentiated, half precision widened to float32, as
+            the inputs are.
         inputs: one batch, leading axis = examples.
         chunk: examples (exact), or probes at a time.
         probes: None = exact, else the number of random probes.
@@ -110,6 +113,7 @@ def ntk_trace(
     Reference: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix, 1989.
     """
     keys = _probe_keys(chunk, probes, key)
+    params, inputs = widen((params, inputs))
     if keys is not None:
         push = _pushforward(apply_fn, params, inputs)
         return lax.map(lambda k: jnp.sum(push(k) ** 2), keys, batch_size=chunk).mean()
@@ -122,7 +126,8 @@ def ntk_spectrum(apply_fn: Callable, params: PyTree, inputs: PyTree, *, chunk: i
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs`` with leading axis = examples. Examples must not interact.
-        params: pytree of parameters; floating-point leaves are differentiated.
+        params: pytree of parameters; floating-point leaves are differentiated, half precision widened to float32, as
+            the inputs are.
         inputs: one batch, leading axis = B examples.
         chunk: examples a block, as in ``ntk``.
 

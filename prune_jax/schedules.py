@@ -13,12 +13,13 @@ from prune_jax.masks import (
     Exclude,
     Scope,
     apply_masks,
+    check_floating,
     check_sparsity,
     cut_counts,
     group_leaves,
     masks_from_counts,
 )
-from prune_jax.tree import PyTree, is_none, path_name
+from prune_jax.tree import PyTree, check_count, is_none, path_name
 
 
 def one_shot(sparsity: float) -> np.ndarray:
@@ -48,6 +49,9 @@ def exponential(sparsity: float, rounds: int = 100) -> np.ndarray:
     Returns:
         float64 array (rounds,) of sparsities, ending exactly at ``sparsity``.
 
+    Raises:
+        ValueError: rounds is no whole number of at least 1.
+
     Example:
         >>> from prune_jax import exponential
         >>> exponential(0.75, rounds=2)
@@ -74,7 +78,7 @@ def cubic(sparsity: float, rounds: int, initial: float = 0.0) -> np.ndarray:
         float64 array (rounds,) of sparsities, ending exactly at ``sparsity``.
 
     Raises:
-        ValueError: initial above sparsity.
+        ValueError: initial above sparsity, or rounds no whole number of at least 1.
 
     Example:
         >>> from prune_jax import cubic
@@ -114,6 +118,7 @@ def iterative_masks(
 
     Raises:
         ValueError: sparsities empty, decreasing or outside [0, 1], or NaN scores; the round and paths are named.
+        TypeError: scores that are not floating point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -126,6 +131,7 @@ def iterative_masks(
     rounds = check_sparsities(sparsities)
     shapes = jax.eval_shape(score_fn, params)
     groups = group_leaves(shapes, scope, exclude)
+    check_floating(shapes, exclude)
     counts = np.stack([cut_counts(shapes, groups, sparsity) for sparsity in rounds])
 
     @jax.jit  # the counts are an argument, so that a cache of compiled programs serves all sparsities
@@ -148,6 +154,8 @@ def iterative_masks(
 
 def check_sparsities(sparsities: Sequence[float] | np.ndarray) -> list[float]:
     """One float a round, each in [0, 1] and none below the one before; or an error that says which."""
+    if not np.iterable(sparsities) or np.ndim(sparsities) != 1:
+        raise ValueError(f"sparsities must be a sequence, one a round, such as one_shot(0.9), got {sparsities!r}")
     values = [check_sparsity(sparsity) for sparsity in sparsities]
     if not values:
         raise ValueError("sparsities is empty; give the sparsity after each round, such as exponential(0.99)")
@@ -176,6 +184,5 @@ def below_cut(scores: PyTree, masks: PyTree) -> PyTree:
 
 
 def _progress(rounds: int) -> np.ndarray:
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    check_count("rounds", rounds, 1)
     return np.arange(1, rounds + 1) / rounds

@@ -18,7 +18,17 @@ from prune_jax.masks import Exclude, Scope, apply_masks, cut_counts, group_leave
 from prune_jax.schedules import all_kept, below_cut, check_sparsities
 from prune_jax.scores.magnitude import magnitude
 from prune_jax.scores.movement import movement
-from prune_jax.tree import Prunable, PyTree, cast_like, is_kernel, is_none, map_masked, require_params, select
+from prune_jax.tree import (
+    Prunable,
+    PyTree,
+    cast_like,
+    check_count,
+    is_kernel,
+    is_none,
+    map_masked,
+    require_params,
+    select,
+)
 
 
 class KeepMasksState(NamedTuple):
@@ -43,7 +53,7 @@ def keep_masks(
     """Trains with ``base`` and keeps cut weights and their moments at exactly zero.
 
     At every step ``base`` sees gradients and parameters that are zero where cut, its moments are zeroed there, and the
-    update takes a cut weight to zero exactly, wherever it was. Hence neither weight decay, noise, a NaN in a cut
+    update takes a cut weight to zero exactly, from any finite value. Hence neither weight decay, noise, a NaN in a cut
     weight's gradient nor parameters that were not masked first can bring a cut weight back. Use it as the whole
     optimizer::
 
@@ -90,7 +100,7 @@ def keep_masks(
                 "keep_masks without a base optimizer needs params that are masked already: call "
                 "init(apply_masks(params, masks)), or wrap the optimizer: keep_masks(masks, optimizer)"
             )
-        return KeepMasksState(_own(masks, params), _mask_moments(inner.init(masked), masks))
+        return KeepMasksState(_own(masks, params), _mask_moments(inner.init(masked), masks, params))
 
     def update(
         updates: PyTree, state: KeepMasksState, params: PyTree | None = None, **extra: Any
@@ -117,15 +127,16 @@ def gradual_pruning(
     """Trains with ``base`` and prunes on the way, masks recomputed inside jit (Zhu and Gupta 2017).
 
     At steps ``begin, begin + every, ...`` masks are cut to the next of ``sparsities``, exactly
-    (``int(sparsity * N)`` weights of each group), from the weights before that step's update. Between and after, masks
-    are kept as by ``keep_masks``: cut weights and their moments are exactly zero, and stay cut.
+    (as many weights of each group as ``make_masks`` cuts), from the weights before that step's update. Between and
+    after, masks are kept as by ``keep_masks``: cut weights and their moments are exactly zero, and stay cut.
 
     Args:
         base: any optax optimizer.
         sparsities: sparsity after each pruning, not decreasing, such as ``cubic(0.9, rounds=50)``.
         every: steps between two prunings.
         begin: the step of the first pruning, counted from 0.
-        criterion: ``"magnitude"`` (``|w|``) or ``"movement"`` (``-sum_t (dL/dw) w`` over the steps so far).
+        criterion: ``"magnitude"`` (``|w|``) or ``"movement"`` (``-sum_t (dL/dw) w`` over the steps so far, but for
+            those where it is not finite).
         scope: as in ``make_masks``.
         exclude: as in ``make_masks``.
         prunable: which leaves are pruned, ``(path, leaf) -> bool``; None = kernels (two or more axes).
@@ -135,8 +146,8 @@ def gradual_pruning(
         ``optax.tree.get(state, "masks")``.
 
     Raises:
-        ValueError: sparsities empty, decreasing or outside [0, 1]; every below 1 or begin below 0; an unknown
-            criterion or scope; (from ``init``, ``update``) params is None.
+        ValueError: sparsities empty, decreasing or outside [0, 1]; every or begin no whole numbers of at least
+            1 and 0; an unknown criterion or scope; (from ``init``, ``update``) params is None.
         TypeError: traced arguments, as ``optax.inject_hyperparams`` makes of numbers: counts must be known when
             tracing, so name ``sparsities``, ``every`` and ``begin`` in its ``static_args``.
 
@@ -155,8 +166,8 @@ def gradual_pruning(
     rounds = check_sparsities(sparsities)
     if isinstance(every, jax.core.Tracer) or isinstance(begin, jax.core.Tracer):
         raise TypeError("every and begin are traced; name them in static_args of optax.inject_hyperparams")
-    if every < 1 or begin < 0:
-        raise ValueError(f"every={every}, begin={begin}: need every >= 1 and begin >= 0")
+    check_count("every", every, 1)
+    check_count("begin", begin, 0)
     if criterion not in ("magnitude", "movement"):
         raise ValueError(f"criterion must be 'magnitude' or 'movement', got {criterion!r}")
     inner = optax.with_extra_args_support(base)
@@ -183,7 +194,9 @@ def gradual_pruning(
         require_params(params, "gradual_pruning")
         moved = state.movement
         if moved is not None:
-            moved = movement(params, updates, moved, prunable=chosen)
+            # A step of infinite or undefined gradients, which the base may skip, must not poison the sum for good.
+            after = movement(params, updates, moved, prunable=chosen)
+            moved = jax.tree.map(lambda old, new: jnp.where(jnp.isfinite(new), new, old), moved, after)
         round_, between = jnp.divmod(state.step - begin, every)
         masks = jax.lax.cond(
             (state.step >= begin) & (between == 0) & (round_ < len(rounds)),
@@ -204,20 +217,23 @@ def _masked_update(
     updates, state = base.update(updates, state, apply_masks(params, masks), **extra)
     # The last word: a cut weight's update is minus the weight, which adds up to zero exactly.
     updates = map_masked(lambda mask, u, w: jnp.where(mask, u, -w), masks, updates, params, name="updates")
-    return updates, _mask_moments(state, masks)
+    return updates, _mask_moments(state, masks, params)
 
 
-def _mask_moments(state: Any, masks: PyTree) -> Any:
+def _mask_moments(state: Any, masks: PyTree, params: PyTree) -> Any:
     """Zeros where cut in every state array that belongs to a parameter: same path at its end, same shape."""
     by_path = dict(jax.tree_util.tree_flatten_with_path(masks)[0])
+    names = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    mask_of = {path: by_path.get(path) for path in names}  # None for what is left alone, by itself or with its parents
 
     def mask_moment(path: tuple, leaf: Any) -> Any:
-        for start in range(len(path) + 1):
-            mask = by_path.get(path[start:])
-            if mask is not None:
-                floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-                return _zero_where_cut(mask, leaf) if floating and jnp.shape(leaf) == mask.shape else leaf
-        return leaf
+        # The longest name wins: the moment of head/kernel is not that of a parameter called kernel.
+        name = next((path[start:] for start in range(len(path) + 1) if path[start:] in mask_of), None)
+        mask = None if name is None else mask_of[name]
+        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if mask is None or not floating or jnp.shape(leaf) != mask.shape:
+            return leaf
+        return _zero_where_cut(mask, leaf)
 
     return jax.tree_util.tree_map_with_path(mask_moment, state)
 

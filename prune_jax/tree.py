@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -68,8 +69,10 @@ def map_masked(function: Callable, masks: PyTree, tree: PyTree, *rest: PyTree, n
 
     Raises:
         ValueError: ``masks`` and ``tree`` differ in structure or in a leaf's shape; the paths are named.
+        TypeError: masks that are not bool.
     """
     _check_same_paths(masks, tree, name)
+    check_bool(masks)
 
     def masked(path: tuple, mask: jax.Array | None, leaf: Any, *others: Any) -> Any:
         if mask is None or isinstance(leaf, optax.MaskedNode):  # MaskedNode: optax.masked hides this leaf from us
@@ -84,6 +87,19 @@ def map_masked(function: Callable, masks: PyTree, tree: PyTree, *rest: PyTree, n
     return jax.tree_util.tree_map_with_path(masked, masks, tree, *rest, is_leaf=is_none)
 
 
+def widen(tree: PyTree) -> PyTree:
+    """Half-precision leaves as float32: products of gradients, and second derivatives more so, leave float16's range.
+
+    Wider leaves, and those that are not floating point, stay.
+    """
+
+    def wide(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)
+        return jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32)) if _is_half(dtype) else leaf
+
+    return jax.tree.map(wide, tree)
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """``tree`` in the dtypes of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
@@ -93,6 +109,39 @@ def require_params(params: PyTree | None, name: str) -> None:
     """An error for ``params=None``, which optax passes when the caller left it out."""
     if params is None:
         raise ValueError(f"{name} needs params: call init(params) and update(gradients, state, params)")
+
+
+def check_bool(masks: PyTree) -> None:
+    """Masks hold bools, None where a leaf is left alone; scores or 0/1 integers in their place are a slip.
+
+    Raises:
+        TypeError: another dtype; the path is named.
+    """
+    for path, mask in jax.tree_util.tree_flatten_with_path(masks)[0]:
+        if jnp.result_type(mask) != jnp.bool_:
+            raise TypeError(
+                f"masks: {path_name(path)!r} has dtype {jnp.result_type(mask)}, masks are bool; make them "
+                "by make_masks, or by .astype(bool)"
+            )
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """A whole number of at least ``least``.
+
+    Raises:
+        ValueError: anything else; the argument is named.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def _is_half(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
 def _check_same_paths(masks: PyTree, tree: PyTree, name: str) -> None:
@@ -111,3 +160,7 @@ def _check_same_paths(masks: PyTree, tree: PyTree, name: str) -> None:
             f"masks do not match {name}: masks without a leaf {unexpected[:5]}, leaves without a mask {missing[:5]}; "
             "make the masks from scores of these parameters"
         )
+    try:
+        jax.tree.map(lambda mask, leaf: None, masks, tree, is_leaf=is_leaf)
+    except ValueError as error:  # the same names in containers of other types
+        raise ValueError(f"masks do not match {name}: {error}") from None

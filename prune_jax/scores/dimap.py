@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from prune_jax.tree import Prunable, PyTree, is_kernel, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, select, widen
 
 
 def dimap(params: PyTree, *, prunable: Prunable = is_kernel) -> PyTree:
@@ -97,7 +97,7 @@ def dimap_modules(path: str) -> str | None:
 def _relative_distortion(leaf: jax.Array) -> jax.Array:
     if leaf.size == 0:
         return leaf
-    size = jnp.abs(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+    size = jnp.abs(widen(leaf))
     size = size / jnp.where(size.max() > 0, size.max(), 1)  # squares of tiny weights would vanish
     # Bit patterns of positive floats are ordered as the floats are, and integers sort several times faster.
     bits = lax.bitcast_convert_type(size, jnp.uint64 if size.dtype == jnp.float64 else jnp.uint32)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from prune_jax.scores.loss import cross_entropy
-from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select, widen
 
 
 def grasp(
@@ -28,7 +28,7 @@ def grasp(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> logits``, any JAX function.
-        params: pytree of parameters.
+        params: pytree of parameters; half precision is widened to float32, and the inputs' too.
         inputs: one batch, leading axis = examples.
         labels: what ``loss_fn`` takes; integers (batch,) for the default.
         temperature: divides the logits; 200 in the authors' code.
@@ -37,7 +37,7 @@ def grasp(
             those of the scored leaves only.
 
     Returns:
-        Pytree like ``params``, larger = keep; None where not scored.
+        Pytree like ``params``, float32 or wider, larger = keep; None where not scored.
 
     Raises:
         ValueError: temperature is not positive.
@@ -55,6 +55,7 @@ def grasp(
     """
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    params, inputs = widen((params, inputs))
     weights = select(params, prunable)
     gradient_at = jax.grad(lambda w: loss_fn(apply_fn(merge(w, params), inputs) / temperature, labels))
     gradient = gradient_at(weights)

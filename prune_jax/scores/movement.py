@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from prune_jax.tree import Prunable, PyTree, is_kernel, is_none, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, is_none, select, widen
 
 
 def movement(
@@ -40,9 +40,5 @@ def movement(
     """
     weights = select(params, prunable)
     # Sums over thousands of steps lose their small terms in half precision.
-    step = jax.tree.map(lambda w, g: None if w is None else -_widen(g) * _widen(w), weights, gradients, is_leaf=is_none)
+    step = jax.tree.map(lambda w, g: None if w is None else -widen(g) * widen(w), weights, gradients, is_leaf=is_none)
     return step if previous is None else jax.tree.map(jnp.add, previous, step)
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

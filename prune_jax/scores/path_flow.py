@@ -37,8 +37,8 @@ from prune_jax.scores.path_rules import (
     bind,
     shape_of,
     value_of,
-    wide,
 )
+from prune_jax.tree import widen
 
 # Primitives that call a jaxpr, and the parameter that holds it.
 _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
@@ -46,13 +46,13 @@ _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "c
 
 def active_flow(apply_fn: Callable, params: Any, inputs: Any) -> Flow:
     """For each output the sum over its active paths of the squared input they start at, times 2**exponent."""
-    start = jax.tree.map(lambda x: Signal(x, Flow(wide(x) ** 2, jnp.zeros((), wide(x).dtype))), inputs)
+    start = jax.tree.map(lambda x: Signal(x, Flow(widen(x) ** 2, jnp.zeros((), widen(x).dtype))), inputs)
     return _evaluate(apply_fn, params, inputs, start)
 
 
 def weight_flow(apply_fn: Callable, params: Any, inputs: Any) -> Flow:
     """For each output the sum over all its paths of the squared product of their weights, times 2**exponent."""
-    start = jax.tree.map(lambda x: Signal(None, Flow(jnp.ones_like(wide(x)), jnp.zeros((), wide(x).dtype))), inputs)
+    start = jax.tree.map(lambda x: Signal(None, Flow(jnp.ones_like(widen(x)), jnp.zeros((), widen(x).dtype))), inputs)
     return _evaluate(apply_fn, params, inputs, start)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from prune_jax.tree import widen
+
 
 class Flow(NamedTuple):
     """A sum over paths: ``flow * 2**exponent``, the exponent a whole number."""
@@ -47,11 +49,6 @@ def bind(eqn: core.JaxprEqn, operands: list[Any], **changed: Any) -> list[Any]:
 
 
 # -- helpers on flows --------------------------------------------------------------------------------------------------
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """In float32 or wider, as flows are."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def value_of(operand: Any) -> Any:
@@ -223,7 +220,7 @@ def _pool(eqn: core.JaxprEqn, operands: list[Any]) -> list[Flow]:
     (signal,) = operands
     flow, exponent = signal.flow
     if signal.value is not None:  # the derivative of a maximum picks the entry that won
-        _, picked = jax.jvp(lambda x: bind(eqn, [x])[0], (wide(signal.value),), (flow,))
+        _, picked = jax.jvp(lambda x: bind(eqn, [x])[0], (widen(signal.value),), (flow,))
         return [Flow(picked, exponent)]
     if "axes" in eqn.params:
         return [Flow(flow.sum(eqn.params["axes"]), exponent)]

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from prune_jax.scores.path_flow import Flow, active_flow, weight_flow
-from prune_jax.scores.path_rules import wide
-from prune_jax.tree import Prunable, PyTree, is_kernel, merge, path_name, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, merge, path_name, select, widen
 
 
 def px(
@@ -98,7 +97,7 @@ def px(
         return jnp.sum(jnp.where(alive, jnp.log(jnp.where(alive, r, 1)), 0)) / jnp.maximum(alive.sum(), 1)
 
     # theta^2 dR/d(theta^2) / R = theta d(log R)/dtheta / 2
-    return jax.tree.map(lambda w, g: 0.5 * jnp.abs(wide(w) * wide(g)), weights, jax.grad(log_r)(weights))
+    return jax.tree.map(lambda w, g: 0.5 * jnp.abs(widen(w) * widen(g)), weights, jax.grad(log_r)(weights))
 
 
 def _check_inputs(inputs: PyTree) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from prune_jax.scores.loss import cross_entropy
-from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select, widen
 
 
 def snip(
@@ -26,14 +26,14 @@ def snip(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> logits``, any JAX function.
-        params: pytree of parameters.
+        params: pytree of parameters; half precision is widened to float32, and the inputs' too.
         inputs: one batch, leading axis = examples.
         labels: what ``loss_fn`` takes; integers (batch,) for the default.
         loss_fn: ``loss_fn(logits, labels) -> scalar``.
         prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
 
     Returns:
-        Pytree like ``params``, larger = keep; None where not scored.
+        Pytree like ``params``, float32 or wider, larger = keep; None where not scored.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,6 +45,7 @@ def snip(
 
     Reference: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, arXiv:1810.02340.
     """
+    params, inputs = widen((params, inputs))
     weights = select(params, prunable)
     gradient = jax.grad(lambda w: loss_fn(apply_fn(merge(w, params), inputs), labels))(weights)
     return jax.tree.map(lambda g, w: jnp.abs(g * w), gradient, weights)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select, widen
 
 
 def synflow(
@@ -28,12 +28,12 @@ def synflow(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs``, any JAX function.
-        params: pytree of parameters.
-        input_shape: full shape of an input, such as (1, 32, 32, 3); the ones take the parameters' dtype.
+        params: pytree of parameters; half precision is widened to float32.
+        input_shape: full shape of an input, such as (1, 32, 32, 3); the ones take the widened parameters' dtype.
         prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
 
     Returns:
-        Pytree like ``params``, larger = keep; None where not scored.
+        Pytree like ``params``, float32 or wider, larger = keep; None where not scored.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,6 +45,7 @@ def synflow(
     Reference: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow,
     arXiv:2006.05467.
     """
+    params = widen(params)
     floating = select(params, lambda path, leaf: True)
     absolute = merge(jax.tree.map(jnp.abs, floating), params)
     dtype = jnp.result_type(*jax.tree.leaves(floating)) if jax.tree.leaves(floating) else jnp.float32

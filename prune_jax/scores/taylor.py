@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from prune_jax.scores.loss import cross_entropy
-from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select
+from prune_jax.tree import Prunable, PyTree, is_kernel, merge, select, widen
 
 
 def taylor(
@@ -27,7 +27,7 @@ def taylor(
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> logits``, any JAX function.
-        params: pytree of parameters.
+        params: pytree of parameters; half precision is widened to float32, and the inputs' too.
         inputs: one batch, leading axis = examples.
         labels: what ``loss_fn`` takes; integers (batch,) for the default.
         order: 1 or 2.
@@ -36,7 +36,7 @@ def taylor(
             those of the scored leaves only.
 
     Returns:
-        Pytree like ``params``, larger = keep; None where not scored.
+        Pytree like ``params``, float32 or wider, larger = keep; None where not scored.
 
     Raises:
         ValueError: order is neither 1 nor 2.
@@ -52,6 +52,7 @@ def taylor(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
+    params, inputs = widen((params, inputs))
     weights = select(params, prunable)
     gradient_at = jax.grad(lambda w: loss_fn(apply_fn(merge(w, params), inputs), labels))
     if order == 1:

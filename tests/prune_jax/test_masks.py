@@ -1,5 +1,9 @@
 """Masks: exact counts, deterministic ties, scopes, patterns; against NumPy's stable sort."""
 
+import math
+from fractions import Fraction
+
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +35,7 @@ def test_global_masks_equal_a_stable_sort(seed, fraction, many_ties):
     draw = (lambda s: rng.choice(VALUES[rng.integers(0, 13, 3)], s)) if many_ties else (lambda s: rng.normal(size=s))
     scores = [draw(shape).astype(np.float32) for shape in shapes]
     masks = make_masks([jnp.asarray(s) for s in scores], fraction)
-    for mask, expected in zip(masks, stable_cut(scores, int(fraction * 25)), strict=True):
+    for mask, expected in zip(masks, stable_cut(scores, math.floor(Fraction(repr(fraction)) * 25)), strict=True):
         np.testing.assert_array_equal(mask, expected)
 
 
@@ -48,12 +52,43 @@ def test_every_dtype_is_ranked_exactly(dtype):
 
 
 @pytest.mark.parametrize("n", [1, 7, 10, 100])
-def test_exactly_int_sparsity_times_n_are_cut(n):
+def test_counts_are_exact_in_decimals(n):
     scores = {"w": jnp.zeros(n)}  # all tied
     for percent in range(0, 101):
-        mask = make_masks(scores, percent / 100)["w"]
-        cut = int(percent / 100 * n)
-        np.testing.assert_array_equal(mask, np.arange(n) >= cut)
+        for number in (percent / 100, np.float32(percent / 100), jnp.float32(percent / 100)):
+            mask = make_masks(scores, number)["w"]
+            np.testing.assert_array_equal(mask, np.arange(n) >= percent * n // 100)
+
+
+def test_nearly_all_is_not_all():
+    assert make_masks({"w": jnp.zeros(10)}, 1 - 1e-12)["w"].sum() == 1
+
+
+def test_blocks_are_summed_in_float32():
+    score = jnp.full((2, 4), 1.0, jnp.float16).at[:, :2].set(60000.0)
+    mask = make_masks({"w": score}, 0.5, block=(2, 2))["w"]
+    np.testing.assert_array_equal(mask, score > 1)
+    with pytest.raises(ValueError, match="scores are NaN in \\['w'\\]"):
+        make_masks({"w": jnp.array([[jnp.inf, -jnp.inf]])}, 0.5, block=(1, 2))
+
+
+@pytest.mark.parametrize("block", [2, (2,), (2, 2, 2), (0, 2), (2, 1.5)])
+def test_a_block_is_two_whole_numbers(block):
+    with pytest.raises(ValueError, match="block"):
+        make_masks({"w": jnp.ones((4, 4))}, 0.5, block=block)
+
+
+def test_masks_are_bool():
+    params = {"w": jnp.ones(3)}
+    for function in (lambda m: apply_masks(params, m), sparsity, jax.jit(sparsity), layer_statistics):
+        for dtype in (jnp.float32, jnp.uint8):
+            with pytest.raises(TypeError, match=f"'w' has dtype {jnp.dtype(dtype)}, masks are bool"):
+                function({"w": jnp.ones(3, dtype)})
+
+
+def test_containers_of_other_types_do_not_match():
+    with pytest.raises(ValueError, match="masks do not match params"):
+        apply_masks(flax.core.freeze({"w": jnp.ones(3)}), {"w": jnp.ones(3, bool)})
 
 
 def test_scopes_decide_what_competes():

@@ -96,3 +96,16 @@ def test_wrong_arguments_are_refused():
         ntk(net, PARAMS, X, key=jax.random.key(0))
     with pytest.raises(ValueError, match="probes must be at least 1"):
         ntk_trace(net, PARAMS, X, probes=0, key=jax.random.key(0))
+
+
+def test_half_precision_kernels_are_float32():
+    params, inputs = jnp.ones((64, 8), jnp.float16), jnp.full((16, 64), 10.0, jnp.float16)
+
+    def net(p, x):
+        return x @ p
+
+    assert ntk_trace(net, params, inputs) == 16 * 8 * 64 * 100  # out of float16's range
+    assert ntk_spectrum(net, params.astype(jnp.bfloat16), inputs).sum() == pytest.approx(16 * 8 * 64 * 100, rel=1e-5)
+    probed = ntk_trace(net, params, inputs, probes=4, key=jax.random.key(0))
+    assert probed.dtype == jnp.float32
+    assert jnp.isfinite(probed)

@@ -79,8 +79,14 @@ def test_wrong_arguments_are_refused():
     for bad in (lambda: exponential(1.5), lambda: cubic(-0.1, 3), lambda: one_shot(2)):
         with pytest.raises(ValueError, match="must be in"):
             bad()
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds must be a whole number of at least 1, got 0"):
         exponential(0.5, 0)
+    with pytest.raises(ValueError, match=r"rounds must be a whole number of at least 1, got 2\.5"):
+        exponential(0.9, rounds=2.5)
+    with pytest.raises(ValueError, match="sparsities must be a sequence"):
+        iterative_masks(scores.magnitude, params, 0.5)
+    with pytest.raises(TypeError, match="'w' has dtype int32"):
+        iterative_masks(lambda p: {"w": jnp.ones((2, 2), jnp.int32)}, params, [0.5])
     with pytest.raises(ValueError, match=r"initial=0.6 is above sparsity=0.5"):
         cubic(0.5, 3, initial=0.6)
     with pytest.raises(ValueError, match=r"0.5 \(round 2\) is followed by 0.4"):

@@ -1,5 +1,8 @@
 """Training with masks: zeros stay zeros through every optimizer, and in every way that optax composes."""
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +165,8 @@ def test_gradual_pruning_follows_the_schedule_exactly():
     optimizer = prune_all_the_way()
     params, state, total = PARAMS, optimizer.init(PARAMS), 4 * 6 + 6 * 2
     update, previous = jax.jit(optimizer.update), None
-    expected = [0, *(int(s * total) for s in np.repeat(cubic(0.75, 3), 2)), int(0.75 * total), int(0.75 * total)]
+    rounds = [Fraction(3, 4) * (1 - Fraction(3 - i, 3) ** 3) for i in (1, 2, 3)]
+    expected = [0, *(math.floor(s * total) for s in np.repeat(rounds, 2)), 27, 27]
     for step in range(9):
         magnitudes = np.concatenate([np.abs(params[k]["kernel"]).ravel() for k in ("dense", "out")])
         updates, state = update(gradients(params), state, params)
@@ -353,7 +357,7 @@ def test_missing_params_are_a_clear_error(name):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="masks do not match params"):
         keep_masks({"other": jnp.ones(3, bool)}, optax.sgd(0.1)).init(PARAMS)
-    with pytest.raises(ValueError, match="every=0"):
+    with pytest.raises(ValueError, match="every must be a whole number of at least 1, got 0"):
         gradual_pruning(optax.sgd(0.1), [0.5], every=0)
     with pytest.raises(ValueError, match="got 'snip'"):
         gradual_pruning(optax.sgd(0.1), [0.5], every=1, criterion="snip")
@@ -363,3 +367,32 @@ def test_wrong_arguments_are_refused():
         l1_penalty(-1)
     with pytest.raises(ValueError, match="learning_rate must be at least 0"):
         l1_proximal(1, -0.1)
+
+
+def test_a_step_of_nan_gradients_does_not_poison_the_movement():
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
+    base = optax.apply_if_finite(optax.sgd(0.01), 5)
+    optimizer = gradual_pruning(base, [0.5], every=1, begin=3, criterion="movement")
+    state = optimizer.init(params)
+    pull = {"a": jnp.tile(jnp.array([1.0, -1.0]), (4, 2)), "b": jnp.tile(jnp.array([-2.0, 2.0]), (4, 2))}
+    for step in range(4):
+        grads = jax.tree.map(lambda g: g * jnp.nan, pull) if step == 1 else pull
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for name in pull:  # what gradient descent moves towards zero goes
+        np.testing.assert_array_equal(state.masks[name], pull[name] < 0)
+
+
+def test_moments_of_a_leaf_that_is_left_alone_are_left_alone():
+    params = {"kernel": jnp.ones((2, 2)), "head": {"kernel": jnp.ones((2, 2))}}
+    for head in ({"kernel": None}, None):
+        masks = {"kernel": jnp.array([[True, False], [False, False]]), "head": head}
+        optimizer, plain = keep_masks(masks, optax.sgd(0.1, momentum=0.9)), optax.sgd(0.1, momentum=0.9)
+        ours, theirs = (params, optimizer.init(params)), (params, plain.init(params))
+        for _ in range(2):
+            ones = jax.tree.map(jnp.ones_like, params)
+            (p, s), (q, t) = ours, theirs
+            u, s = optimizer.update(ones, s, p)
+            v, t = plain.update(ones, t, q)
+            ours, theirs = (optax.apply_updates(p, u), s), (optax.apply_updates(q, v), t)
+        np.testing.assert_array_equal(ours[0]["head"]["kernel"], theirs[0]["head"]["kernel"])

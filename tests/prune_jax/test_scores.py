@@ -1,5 +1,7 @@
 """Each criterion against finite differences, closed forms or a plain NumPy version, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,3 +270,22 @@ def test_every_criterion_jits_and_keeps_the_tree(criterion):
     for key in ("a", "b"):
         assert result[key].shape == params[key].shape
         assert jnp.isfinite(result[key]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_scored_in_float32(dtype):
+    rng = np.random.default_rng(0)
+    half = {
+        name: jnp.asarray(1e-2 * rng.normal(size=shape), dtype) for name, shape in (("a", (32, 32)), ("b", (32, 10)))
+    }
+    batch, labels = jnp.asarray(rng.normal(size=(8, 32)), dtype), jnp.arange(8)
+
+    def net(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    wide, wide_batch = jax.tree.map(lambda x: x.astype(jnp.float32), (half, batch))
+    for score in (scores.snip, scores.grasp, scores.taylor, functools.partial(scores.taylor, order=2)):
+        found, expected = score(net, half, batch, labels), score(net, wide, wide_batch, labels)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found, expected = scores.synflow(net, half, (1, 32)), scores.synflow(net, wide, (1, 32))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
