@@ -68,8 +68,8 @@ PRESETS = {
             steps_per_call=1,
         ),
         "VGG-A of a quarter of the channels for two epochs, five optimizers with three seeds each",
-        "40 min on one CPU core",
-        "how the optimizers compare before and after a cut; two epochs are too few for their best",
+        "75 min on one core of a busy machine",
+        "DessiLBI 68 %, two to four points before its base, and more than its rivals after most cuts",
     ),
     "vgg-a-bn": Preset(
         replace(
