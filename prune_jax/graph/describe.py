@@ -77,10 +77,24 @@ def _lines(groups: Groups, members: list[Group]) -> dict[Line, set[str]]:
 
 
 def _role(groups: Groups, member: Member) -> str:
-    ids = groups.axis_elements(member.path, member.axis)
-    walk = groups.program.walk
-    for role, noted in (("made by", walk.made), ("read by", walk.summed)):
-        if any(x.size and x.flat[0] == ids.flat[0] for x in noted):
+    program = groups.program
+    index = next(i for i, leaf in enumerate(program.leaves) if leaf.name == member.path)
+    own = program.leaves[index].labels
+    ids, firsts = own[member.axis], {int(x.flat[0]) for x in own if isinstance(x, np.ndarray) and x.size}
+    assert isinstance(ids, np.ndarray)
+    noted = [
+        (role, x)
+        for role, products in (("made by", program.walk.made), ("read by", program.walk.summed))
+        for leaf, x in products
+        if leaf == index
+    ]
+    for role, x in noted:
+        if x.flat[0] == ids.flat[0]:
+            return role
+    # Reshaped before its product, as a convolution's kernel is that meets patches, an axis goes by what it has become.
+    root = program.classes.root
+    for role, x in noted:
+        if int(x.flat[0]) not in firsts and np.isin(root[x.ravel()], root[ids.ravel()]).any():
             return role
     return "along"
 

@@ -86,8 +86,8 @@ def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_outpu
             leaf.labels = _label(walk, i, leaf.shape, stay, nest)
         walk.parameter_of = lambda ids, walk=walk, leaves=leaves: _parameter(walk, leaves, ids)  # type: ignore[misc]
         inputs = [
-            Value(v.aval, list(leaf.labels), parameter=True)
-            for v, leaf in zip(closed.jaxpr.invars, leaves, strict=False)
+            Value(v.aval, list(leaf.labels), parameter=i)
+            for i, (v, leaf) in enumerate(zip(closed.jaxpr.invars, leaves, strict=False))
         ]
         inputs += [
             Value(v.aval, [None] * len(getattr(v.aval, "shape", ()))) for v in closed.jaxpr.invars[len(leaves) :]

@@ -41,7 +41,7 @@ def elementwise(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value
     labels = full[0]
     for other in full[1:]:
         _seek_nesting(walk, labels, other)
-        if len(ins) == 2 and not ins[0].parameter and not ins[1].parameter:
+        if len(ins) == 2 and ins[0].parameter is None and ins[1].parameter is None:
             both = zip(labels, other, strict=True)
             arrays = [(x, y) for x, y in both if isinstance(x, np.ndarray) and isinstance(y, np.ndarray)]
             walk.note_meeting([x for x, y in arrays if x.flat[0] != y.flat[0]])

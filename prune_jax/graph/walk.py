@@ -7,6 +7,7 @@ whole: they are computed as in the original program and cut where they first mee
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class Value:
     labels: list[Label]
     const: Const | None = None
     summed: tuple[list[Label], tuple, tuple[int, ...]] | None = None  # labels and shape of the source, reduced axes
-    parameter: bool = False  # made of parameters (and constants) alone
+    parameter: int | None = None  # made of parameters (and constants) alone: the leaf, of several the largest operand's
 
     @property
     def shape(self) -> tuple:
@@ -145,8 +146,9 @@ class Walk:
         self.path: list[JaxprEqn] = []  # the equations being read, from the outermost in
         self.in_derivative = False
         self.costs: list[Callable[[Cut], float]] = []
-        self.made: list[np.ndarray] = []  # elements that weights bring forth, and that weights sum over
-        self.summed: list[np.ndarray] = []
+        # Elements that weights bring forth, and that weights sum over; each with the parameter leaf that does.
+        self.made: list[tuple[int, np.ndarray]] = []
+        self.summed: list[tuple[int, np.ndarray]] = []
         self.meetings: list[tuple[int, str]] = []  # an element, and the equation where two activations share it
         self.parameter_of: Callable[[np.ndarray], str] = lambda ids: "?"
 
@@ -158,10 +160,11 @@ class Walk:
     def note_product(self, ins: list[Value], contracted: Sequence[Any], free: Sequence[Any]) -> None:
         """Note for people what a product's weight makes and sums over, or that two activations meet in it."""
         for v, other, inner, outer in zip(ins, reversed(ins), contracted, free, strict=True):
-            if v.parameter and not other.parameter:
-                self.summed += [x for x in (v.labels[d] for d in inner) if isinstance(x, np.ndarray)]
-                self.made += [x for x in (v.labels[d] for d in outer) if isinstance(x, np.ndarray)]
-        if not ins[0].parameter and not ins[1].parameter:
+            if v.parameter is not None and other.parameter is None:
+                for noted, axes in ((self.summed, inner), (self.made, outer)):
+                    labels = (v.labels[d] for d in axes)
+                    noted += [(v.parameter, x) for x in labels if isinstance(x, np.ndarray) and x.size]
+        if ins[0].parameter is None and ins[1].parameter is None:
             self.note_meeting([ins[0].labels[d] for d in contracted[0]])
 
     def note_meeting(self, labels: Sequence[Label]) -> None:
@@ -217,8 +220,10 @@ class Walk:
                 whole = False
                 values = [self.consumed(v) for v in values]
                 outs, run = self.apply(eqn, values)
-                alone = all(v.parameter or v.const for v in values)
-                outs = [dataclasses.replace(v, parameter=True) for v in outs] if alone else outs
+                weights = [v for v in values if v.parameter is not None]
+                if weights and all(v.parameter is not None or v.const for v in values):
+                    leaf = max(weights, key=lambda v: math.prod(v.shape)).parameter
+                    outs = [dataclasses.replace(v, parameter=leaf) for v in outs]
             steps.append(Step(eqn, values, outs, run, whole))
             env.update(zip(eqn.outvars, outs, strict=True))
             self.path.pop()

@@ -346,3 +346,20 @@ def test_vit_base():
         ViT().apply, zeros, image, ratio=0.5, scope="local", importance=lambda p: jax.tree.map(lambda _: None, p)
     )
     assert sum(x.size for x in jax.tree.leaves(half.params)) == 22_050_664
+
+
+def test_roles_survive_a_reshaped_kernel():
+    def net(p, x):  # a convolution as a product of patches, inside a residual branch
+        h = x @ p["in"]
+        patches = jnp.concatenate([h[:, i : i + 3] for i in range(3)], axis=-1)  # (batch, 3, 3 * 8)
+        h = h[:, 1:4] + jax.nn.relu(patches @ p["conv"].reshape(24, 8))
+        return h.sum(1) @ p["out"]
+
+    params = {"in": jnp.ones((4, 8)), "conv": jnp.ones((3, 8, 8)), "out": jnp.ones((8, 2))}
+    lines = str(dependency_groups(net, params, jnp.ones((2, 5, 4)))).splitlines()
+    assert lines[1:5] == [
+        "    made by conv axis 2",
+        "    made by in axis 1",
+        "    read by conv axis 1",
+        "    read by out axis 0",
+    ]
