@@ -129,8 +129,8 @@ PRESETS = {
     "resnet20-cpu": Preset(
         replace(_CPU_SHORT, network="resnet20-half", base_epochs=3.0),
         "ResNet-20 of half the channels on CIFAR-10, trained here for 3 epochs first",
-        "15 min on one CPU core (not run here)",
-        "what recovery and a quarter of an epoch give back to a residual network",
+        "20 min on one core of a busy machine",
+        "half of the units gone for 34 points at once, 4.5 recovered, 2.8 after a quarter of an epoch",
     ),
     "vgg-a-cpu": Preset(
         replace(_CPU_SHORT, network="vgg-a-quarter", base_epochs=3.0),
