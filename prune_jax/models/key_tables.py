@@ -14,6 +14,7 @@ from prune_jax.models.swin import Swin
 from prune_jax.models.vit import ViT
 
 Convert = Callable[..., Any]
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 class Entry(NamedTuple):
@@ -24,7 +25,7 @@ class Entry(NamedTuple):
     convert: Convert
 
 
-def google_vit(model: ViT, keys: Collection[str]) -> list[Entry]:
+def google_vit(model: ViT, keys: Collection[str], position_grid: Grid | None = None) -> list[Entry]:
     """Google's ViT. Newer files number the parts of a block by kind, older ones in one sequence."""
     in_sequence = "Transformer/encoderblock_0/LayerNorm_2/scale" in keys
     attention, norm2, mlp = (1, 2, 3) if in_sequence else (0, 1, 0)
@@ -42,7 +43,7 @@ def google_vit(model: ViT, keys: Collection[str]) -> list[Entry]:
     if model.pool == "token":
         entries.append(Entry("class_token", ("cls",), np.asarray))
     positions = "Transformer/posembed_input/pos_embedding"
-    entries.append(Entry("position_embedding", (positions,), lambda t: split_positions(model, t)[0]))
+    entries.append(Entry("position_embedding", (positions,), lambda t: split_positions(model, t, position_grid)[0]))
     for i in range(model.depth):
         ours, theirs = f"blocks_{i}", f"Transformer/encoderblock_{i}"
         heads = f"{theirs}/MultiHeadDotProductAttention_{attention}"
@@ -59,7 +60,7 @@ def google_vit(model: ViT, keys: Collection[str]) -> list[Entry]:
     return entries + layer("class_head", "head")
 
 
-def timm_vit(model: ViT) -> list[Entry]:
+def timm_vit(model: ViT, position_grid: Grid | None = None) -> list[Entry]:
     """timm's ViT and DeiT. Position embeddings may cover all tokens, all but the registers, or the patches alone."""
     entries = _linear("embedding", "patch_embed.proj", lambda w: rearrange(w, "o c p q -> (p q c) o"))
     if model.pool == "token":
@@ -67,10 +68,9 @@ def timm_vit(model: ViT) -> list[Entry]:
     if model.distilled:
         entries.append(Entry("distillation_token", ("dist_token",), np.asarray))
     if model.registers:
-        entries.append(
-            Entry("register_tokens", ("reg_token", "pos_embed"), lambda r, t: r + split_positions(model, t)[1])
-        )
-    entries.append(Entry("position_embedding", ("pos_embed",), lambda t: split_positions(model, t)[0]))
+        of_registers = lambda r, t: r + split_positions(model, t, position_grid)[1]  # noqa: E731
+        entries.append(Entry("register_tokens", ("reg_token", "pos_embed"), of_registers))
+    entries.append(Entry("position_embedding", ("pos_embed",), lambda t: split_positions(model, t, position_grid)[0]))
     for i, widths in enumerate(model.block_widths):
         entries += _block(f"blocks_{i}", f"blocks.{i}", widths)
     entries += _norm("norm", "norm")
@@ -102,29 +102,50 @@ def swin(model: Swin, keys: Collection[str]) -> list[Entry]:
     return entries + _linear("class_head", "head.fc" if "head.fc.weight" in keys else "head")
 
 
-def split_positions(model: ViT, table: np.ndarray) -> tuple[Any, Any]:
+def split_positions(model: ViT, table: np.ndarray, position_grid: Grid | None = None) -> tuple[Any, Any]:
     """A file's position embedding (1, n, D) as ours (1, class tokens + patches, D), and the registers' part of it.
 
     Tokens that the file gives no position get zeros. Patches are resampled bicubically (antialiased, as timm does)
-    where the file has another number of them than the model; the file's grid is then taken to be square.
+    where the file's grid is not the model's.
+
+    Raises:
+      ValueError: a number of positions that no grid has, or more than one may have.
     """
-    rows, columns = model.grid
     count, width = table.shape[1:]
-    leads = (model.prefix, model.class_tokens, 0)
-    lead = next((n for n in leads if count - n == rows * columns), None)
-    shape = (rows, columns)
-    if lead is None:
-        lead = next((n for n in leads if count > n and math.isqrt(count - n) ** 2 == count - n), None)
-        if lead is None:
-            raise ValueError(f"{count} positions are no square grid of patches, with or without {model.prefix} more")
-        shape = (math.isqrt(count - lead),) * 2
+    lead, grid = _layout(model, count, position_grid)
     before = np.zeros((1, model.prefix, width), table.dtype)
     before[:, :lead] = table[:, :lead]
-    patches: Any = table[:, lead:].reshape(1, *shape, width)
-    if shape != (rows, columns):
-        patches = np.asarray(jax.image.resize(patches, (1, rows, columns, width), "bicubic"))
-    patches = patches.reshape(1, rows * columns, width)
+    patches: Any = table[:, lead:].reshape(1, *grid, width)
+    if grid != model.grid:
+        patches = np.asarray(jax.image.resize(patches, (1, *model.grid, width), "bicubic"))
+    patches = patches.reshape(1, -1, width)
     return np.concatenate([before[:, : model.class_tokens], patches], 1), before[:, model.class_tokens :]
+
+
+def _layout(model: ViT, count: int, position_grid: Grid | None) -> tuple[int, Grid]:
+    """How many of a file's positions come before those of the patches, and the grid of these.
+
+    The file has the model's tokens, else its keys would not fit, but it may give positions to all, to all but the
+    registers, or to the patches alone. Its grid is ``position_grid`` where that is given, otherwise square if it can
+    be, since published ones are; otherwise the model's.
+    """
+    layouts: dict[int, Grid] = {}
+    for lead in (model.prefix, model.class_tokens, 0):
+        patches = count - lead
+        side = math.isqrt(max(patches, 0))
+        square = side > 0 and side**2 == patches
+        grid = position_grid or ((side, side) if square else model.grid)
+        if math.prod(grid) == patches:
+            layouts[lead] = grid
+    exact = {lead: grid for lead, grid in layouts.items() if grid == model.grid and grid[0] == grid[1]}
+    layouts = exact or layouts
+    if len(layouts) == 1:
+        return next(iter(layouts.items()))
+    if not layouts:
+        wanted = f"square grid of patches or {model.grid}" if position_grid is None else f"grid {position_grid}"
+        raise ValueError(f"{count} positions are no {wanted}, with or without {model.prefix} more")
+    found = " or ".join(f"{lead} + {rows} x {columns}" for lead, (rows, columns) in layouts.items())
+    raise ValueError(f"{count} positions may be {found}: say which by position_grid=(rows, columns)")
 
 
 def _biases(table: np.ndarray, side: int) -> np.ndarray:

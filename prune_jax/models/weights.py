@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from prune_jax.models import key_tables
-from prune_jax.models.key_tables import Entry
+from prune_jax.models.key_tables import Entry, Grid
 from prune_jax.models.swin import Swin
 from prune_jax.models.vit import ViT
 
@@ -40,11 +40,17 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 SHOWN = 20  # keys named in an error; more are counted
 
 
-def load_weights(model: ViT | Swin, path: str | PathLike, *, head: Literal["load", "zeros"] = "load") -> dict[str, Any]:
+def load_weights(
+    model: ViT | Swin,
+    path: str | PathLike,
+    *,
+    head: Literal["load", "zeros"] = "load",
+    position_grid: Grid | None = None,
+) -> dict[str, Any]:
     """Reads a published checkpoint into the variables of a model.
 
     Every parameter of the model must be in the file and every parameter of the file in the model. Two things are
-    fitted: position embeddings for another number of patches, and relative position biases for another window, are
+    fitted: position embeddings for another grid of patches, and relative position biases for another window, are
     resampled bicubically. Google's weights want ``gelu="tanh"``, all others the default.
 
     Args:
@@ -52,6 +58,8 @@ def load_weights(model: ViT | Swin, path: str | PathLike, *, head: Literal["load
       path: a `.npz` or `.safetensors` file.
       head: "load" takes the file's head; "zeros" makes a new one of zeros, for any number of classes, to fine-tune
         from (with it go the `pre_logits` of the file, unless the model has them).
+      position_grid: rows and columns of patches that a ViT's file has positions for; None takes them to be as many as
+        each other where they can be, otherwise the model's.
 
     Returns:
       ``{"params": ...}`` as ``model.init`` gives, float32.
@@ -59,7 +67,7 @@ def load_weights(model: ViT | Swin, path: str | PathLike, *, head: Literal["load
     Raises:
       FileNotFoundError: no such file.
       ValueError: a damaged file or one of another kind; missing, unexpected or non-finite parameters, or wrong shapes:
-        all are named.
+        all are named; positions that fit no grid, or more than one; a ``position_grid`` for a Swin, which has none.
 
     Example:
       >>> import tempfile
@@ -74,8 +82,10 @@ def load_weights(model: ViT | Swin, path: str | PathLike, *, head: Literal["load
     if head not in ("load", "zeros"):
         raise ValueError(f"head must be 'load' or 'zeros', got {head!r}")
     path = Path(path)
+    if position_grid is not None and isinstance(model, Swin):
+        raise ValueError(f"position_grid must be None for a Swin, which has no position embedding, got {position_grid}")
     arrays = _read(path)
-    entries = _entries(model, path, arrays)
+    entries = _entries(model, path, arrays, position_grid)
     fresh = [e for e in entries if head == "zeros" and e.path.split("/")[0] in HEADS]
     loaded = [e for e in entries if e not in fresh]
     if head == "zeros":
@@ -112,13 +122,15 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return {key: x for key, x in arrays.items() if not key.endswith(TABLES)}
 
 
-def _entries(model: ViT | Swin, path: Path, keys: Collection[str]) -> list[Entry]:
+def _entries(model: ViT | Swin, path: Path, keys: Collection[str], position_grid: Grid | None) -> list[Entry]:
     """The table of this file's layout."""
     if isinstance(model, Swin):
         if path.suffix == ".npz":
             raise ValueError(f"{path} is a .npz file, which holds Google's ViT; a Swin is read from .safetensors")
         return key_tables.swin(model, keys)
-    return key_tables.google_vit(model, keys) if path.suffix == ".npz" else key_tables.timm_vit(model)
+    if path.suffix == ".npz":
+        return key_tables.google_vit(model, keys, position_grid)
+    return key_tables.timm_vit(model, position_grid)
 
 
 def _without_head(model: ViT | Swin, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -114,6 +114,96 @@ def test_two_masked_factors_meet_where_both_are_kept():
     assert flops(lambda p: jnp.einsum("bik,bkj->bij", p["a"], p["b"]), params, masks=masks) == 2 * pairs
 
 
+MASK = np.random.default_rng(3).random((8, 6)) > 0.4
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda w: w / 2,
+        lambda w: jnp.where(w > 0, w, 0),
+        lambda w: jnp.where(w > 0, 0.0, w),
+        lambda w: jnp.where(w > 0, w, w[::-1]),
+        lambda w: jnp.where(w > 0, jnp.zeros_like(w), jnp.pad(w[1:-1], ((1, 1), (0, 0)))),
+        lambda w: jnp.pad(w, ((1, 2), (0, 3))),
+        lambda w: lax.pad(w, 0.0, ((2, -3, 1), (-2, 1, 0))),
+        lambda w: lax.pad(w, 1.0, ((0, 0, 0), (-7, 7, 1))),
+        lambda w: jnp.split(w, [1, 3], 1)[1],
+        lambda w: jnp.unstack(w, axis=1)[2][:, None],
+        lambda w: jnp.stack([w, -w, jnp.ones_like(w)], 1).reshape(8, 18),
+        lambda w: jnp.concatenate([w, jnp.zeros((8, 2))], 1),
+        lambda w: jnp.tile(w, (1, 2)),
+        lambda w: lax.stop_gradient(w),
+        lambda w: jnp.sqrt(jnp.abs(jnp.tanh(w) ** 2)),
+        lambda w: lax.optimization_barrier((w, w))[1],
+        lambda w: lax.cond(w.sum() > 0, lambda: w, lambda: w[:, ::-1]),
+    ],
+)
+def test_masked_weights_are_followed_to_a_product(between):
+    """What is kept is what is not zero for some weights: here, for some of 30 random ones."""
+    weights = jnp.where(MASK, jax.random.normal(jax.random.key(0), (30, 8, 6)), 0.0)
+    kept = np.any([between(w) != 0 for w in weights], axis=0)
+    net = lambda w, x: x @ between(w)  # noqa: E731
+    x = shape(5, len(kept))
+    assert flops(net, weights[0], x, masks=MASK) == 2 * 5 * kept.sum() < flops(net, weights[0], x)
+    assert flops(net, weights[0], x, masks=None) == 2 * 5 * kept.size
+
+
+def test_what_is_not_known_to_be_zero_counts():
+    """Masked denominators, sums, other constants, and zeros that no masked weight meets."""
+    masked = np.zeros((8, 6), bool)
+    for between in (
+        lambda w: 1 / w,
+        lambda w: w / w,
+        lambda w: w / 0,
+        lambda w: w + 1,
+        lambda w: jnp.where(w > 0, w, 1.0),
+        lambda w: jnp.where(w > 0, w, jnp.ones(6)),
+        lambda w: jnp.zeros((8, 6)),
+        lambda w: jnp.where(w > 0, 0.0, jnp.zeros((8, 6))),
+    ):
+        net = lambda w, x, between=between: x @ between(w)  # noqa: E731
+        assert flops(net, shape(8, 6), shape(5, 8), masks=masked) == 2 * 5 * 48
+
+
+def ragged(lhs_ragged, contracted, batch=((), ()), groups=()):
+    return lax.RaggedDotDimensionNumbers((contracted, batch), [lhs_ragged], groups)
+
+
+def test_ragged_products_count_each_row_once():
+    """By hand: rows (m), contracted (k) or batch (b) in 3 groups; every triple m, k, n meets once."""
+    m, k, n, b, groups = 12, 5, 7, 4, 3
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    assert flops(lax.ragged_dot, shape(m, k), shape(groups, k, n), sizes) == 2 * m * k * n
+
+    def general(numbers):
+        return lambda x, y, s: lax.ragged_dot_general(x, y, s, numbers)
+
+    rows = general(ragged(1, ((2,), (2,)), ((0,), (1,)), (0,)))
+    assert flops(rows, shape(b, m, k), shape(groups, b, k, n), sizes) == 2 * b * m * k * n
+    assert flops(general(ragged(0, ((0,), (0,)))), shape(k, m), shape(k, n), sizes) == 2 * m * k * n
+    in_batch = general(ragged(0, ((2,), (1,)), ((0,), (0,))))
+    assert flops(in_batch, shape(b, m, k), shape(b, k, n), sizes) == 2 * b * m * k * n
+
+
+def test_ragged_product_of_masked_weights_counts_the_dearest_group():
+    rng = np.random.default_rng(4)
+    mask, rows, sizes = rng.random((3, 5, 7)) > 0.5, rng.random(5) > 0.5, jax.ShapeDtypeStruct((3,), jnp.int32)
+    net = lambda p, x, s: lax.ragged_dot(x * p["scale"][None], p["w"], s)  # noqa: E731
+    params = {"w": mask * 1.0, "scale": rows * 1.0}
+    x = shape(12, 5)
+    assert flops(net, params, x, sizes, masks={"w": mask, "scale": None}) == 2 * 12 * mask.sum((1, 2)).max()
+    both = (mask & rows[:, None]).sum((1, 2)).max()
+    assert flops(net, params, x, sizes, masks={"w": mask, "scale": rows}) == 2 * 12 * both
+    assert flops(net, params, x, sizes, masks={"w": mask & False, "scale": None}) == 0
+
+
+def test_scaled_products_count():
+    args = shape(4, 64), shape(64, 8), shape(4, 2), shape(2, 8)
+    fn = lambda a, b, c, d: lax.scaled_dot(a, b, lhs_scale=c, rhs_scale=d)  # noqa: E731
+    assert flops(fn, *args) == 2 * 4 * 64 * 8
+
+
 def test_masked_convolution():
     kernel = np.random.default_rng(2).random((3, 3, 4, 5))
     mask = kernel > 0.7

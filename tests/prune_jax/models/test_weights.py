@@ -42,6 +42,79 @@ def test_logits_with_an_interpolated_position_embedding_are_timms():
     np.testing.assert_allclose(ours, np.load(FIXTURES / "timm_vit_24.npy"), atol=1e-4)
 
 
+def ramps(lead, rows, columns):
+    """Positions whose channels are 100 for tokens before the patches, then the row, the column, and zeros."""
+    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
+    before = np.full((1, lead, 2), 100)
+    return np.pad(np.concatenate([before, grid], 1), ((0, 0), (0, 0), (0, 10))).astype(np.float32)
+
+
+def positions(tmp_path, model, table, **options):
+    """What the model gets of the table: its position embedding and the registers' share."""
+    registers = {"reg_token": np.zeros((1, model.registers, 12), np.float32)} if model.registers else {}
+    path = edited(tmp_path, lambda a: a.update(pos_embed=table, **registers))
+    params = load_weights(model, path, **options)["params"]
+    return params["position_embedding"], params.get("register_tokens")
+
+
+@pytest.mark.parametrize(("lead", "registers"), [(0, 0), (1, 0), (0, 3), (1, 3), (4, 3)])
+def test_positions_are_resampled_where_the_grid_is_another(tmp_path, lead, registers):
+    """Ramps stay ramps: resampling moves a position's row and column in proportion. 12 x 12 to 9 x 16, as many."""
+    model = TINY.clone(image_size=(36, 64), registers=registers)
+    found, of_registers = positions(tmp_path, model, ramps(lead, 12, 12))
+    patches = np.asarray(found[0, 1:, :2]).reshape(9, 16, 2)
+    rows, columns = (np.arange(9) + 0.5) * 12 / 9 - 0.5, (np.arange(16) + 0.5) * 12 / 16 - 0.5
+    inner = patches[2:-2, 3:-3]  # at the border the kernel is cut
+    np.testing.assert_allclose(inner[..., 0], np.broadcast_to(rows[2:-2, None], (5, 10)), atol=0.05)
+    np.testing.assert_allclose(inner[..., 1], np.broadcast_to(columns[3:-3], (5, 10)), atol=0.05)
+    np.testing.assert_array_equal(found[0, 0, :2], 100.0 * (lead > 0))
+    if registers:
+        np.testing.assert_array_equal(of_registers[0, :, :2], 100.0 * (lead > 1))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "table", "options"),
+    [
+        ((16, 16), ramps(1, 4, 4), {}),
+        ((12, 16), ramps(1, 3, 4), {}),  # no square
+        ((8, 32), ramps(1, 2, 8), {"position_grid": (2, 8)}),  # as many as 4 x 4
+    ],
+)
+def test_positions_of_the_models_grid_are_left_alone(tmp_path, image_size, table, options):
+    np.testing.assert_array_equal(positions(tmp_path, TINY.clone(image_size=image_size), table, **options)[0], table)
+
+
+def test_positions_of_two_readings_are_asked_for(tmp_path):
+    """197 are 1 + 14 x 14 or, with four registers, 5 + 12 x 16."""
+    model = TINY.clone(image_size=(48, 64), registers=4)
+    with pytest.raises(ValueError, match=r"197 positions may be 5 \+ 12 x 16 or 1 \+ 14 x 14.*position_grid"):
+        positions(tmp_path, model, ramps(1, 14, 14))
+    table = ramps(5, 12, 16)
+    found, of_registers = positions(tmp_path, model, table, position_grid=(12, 16))
+    np.testing.assert_array_equal(found, table[:, 4:])
+    np.testing.assert_array_equal(of_registers, table[:, 1:5])
+    found, of_registers = positions(tmp_path, model, ramps(1, 14, 14), position_grid=(14, 14))
+    assert found.shape == (1, 193, 12)
+    np.testing.assert_array_equal(found[0, 0, :2], 100)
+    assert not of_registers.any()
+    with pytest.raises(ValueError, match=r"197 positions are no grid \(13, 14\)"):
+        positions(tmp_path, model, table, position_grid=(13, 14))
+    with pytest.raises(ValueError, match="position_grid must be None for a Swin"):
+        load_weights(SWIN, FIXTURES / "timm_swin.safetensors", position_grid=(4, 4))
+
+
+def test_google_positions_are_resampled(tmp_path):
+    arrays = dict(np.load(FIXTURES / "google_vit.npz"))
+    key = "Transformer/posembed_input/pos_embedding"
+    np.savez(tmp_path / "ramps.npz", **arrays | {key: ramps(1, 4, 4)})
+    found = load_weights(GOOGLE.clone(image_size=(8, 32)), tmp_path / "ramps.npz")["params"]["position_embedding"]
+    patches = np.asarray(found[0, 1:]).reshape(2, 8, 12)
+    np.testing.assert_allclose(patches[..., 0], patches[:, :1, 0].repeat(8, 1), atol=1e-5)  # the row is
+    np.testing.assert_allclose(patches[..., 1], patches[:1, :, 1].repeat(2, 0), atol=1e-5)  # the same all along
+    assert (np.diff(patches[0, :, 1]) > 0).all()
+    assert patches[1, 0, 0] > patches[0, 0, 0]
+
+
 def test_both_numberings_of_google_files(tmp_path):
     renamed = {"LayerNorm_1": "LayerNorm_2", "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1"}
     renamed["MlpBlock_0"] = "MlpBlock_3"
