@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 from prune_jax.models.layers import Block, each_layer
@@ -165,6 +166,7 @@ def compute_some(
     attend: AttendTo,
     *,
     bias: Array | None = None,
+    windows: int = 0,
     train: bool = False,
 ) -> Array:
     """A block on some of its tokens; the others stay as they are.
@@ -176,6 +178,8 @@ def compute_some(
       index: the tokens to compute, ascending (B, K).
       attend: whether they attend to all N or to the K.
       bias: of those queries on all keys, (B, heads, K, N).
+      windows: of an example, where B counts windows, those of an example one after another: training drops the branch
+        of an example in all of its windows. 0 where B counts examples.
       train: whether the block drops units and branches.
 
     Returns:
@@ -186,8 +190,11 @@ def compute_some(
     else:
         q, k, v = block.attention.project(state.take(normed, index))
     mixed = block.attention.combine(block.attention.probabilities(q, k, bias=bias), v)
-    computed = block.feed_forward(block.add(state.take(x, index), mixed, train=train), train=train)
-    return state.put(x, index, computed)
+    some, shape = state.take(x, index), mixed.shape
+    if windows:
+        some, mixed = (rearrange(t, "(b w) k d -> b w k d", w=windows) for t in (some, mixed))
+    computed = block.feed_forward(block.add(some, mixed, train=train), train=train)
+    return state.put(x, index, computed.reshape(shape))
 
 
 def keep_above(scores: Array, threshold: float) -> Array:

@@ -172,7 +172,8 @@ class SwinPatchSkip(TokenMethod):
         bias = jnp.broadcast_to(bias[None], (len(windows) // len(bias), *bias.shape))
         bias = state.take(rearrange(bias, "b w h n m -> (b w) n h m"), index)
         bias = rearrange(bias, "b k h m -> b h k m")
-        y = compute_some(block, block.to_windows(x), windows, index, "all", bias=bias, train=train)
+        of_each = len(windows) // len(x)
+        y = compute_some(block, block.to_windows(x), windows, index, "all", bias=bias, windows=of_each, train=train)
         kept = block.from_windows(state.chosen(index, windows.shape[1])[..., None], size)[..., 0]
         return block.from_windows(y, size), kept
 
