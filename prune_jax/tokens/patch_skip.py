@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from prune_jax.models.layers import Block, each_layer
+from prune_jax.models.layers import Block, each_layer, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
-from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
 from prune_jax.tokens.scorers import Observed, Scorer, Skipping, scaled_cosine
+from prune_jax.tree import check_count
 
 AttendTo = Literal["all", "kept"]
 
@@ -47,7 +48,8 @@ class PatchSkip(TokenMethod):
       hidden: channels of the scorers; None is width / 12 (768 x 64 x 1).
 
     Raises:
-      ValueError: a capacity outside (0, 1], a threshold outside (0, 1), or another `attend`.
+      ValueError: a capacity outside (0, 1], a threshold outside (0, 1), another `attend`, or `hidden` below 1.
+      TypeError: a model that is not a ViT.
 
     Example:
       >>> from prune_jax.models import vit
@@ -62,10 +64,14 @@ class PatchSkip(TokenMethod):
     hidden: int | None = None
 
     def __post_init__(self) -> None:
+        self.capacity = plain(self.capacity)
         super().__post_init__()
+        check_model(self, ViT)
         check(self.capacity, self.threshold)
         if self.attend not in ("all", "kept"):
             raise ValueError(f"attend must be 'all' or 'kept', got {self.attend!r}")
+        if self.hidden is not None:
+            check_count("hidden", self.hidden, 1)
         _ = self.counts  # says now what is wrong
 
     @property

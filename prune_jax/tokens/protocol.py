@@ -73,6 +73,12 @@ class TokenMethod(nn.Module):
         return self.trace(images, train=train).logits
 
 
+def check_model(method: TokenMethod, kind: type[nn.Module]) -> None:
+    """Raises TypeError unless the method's model is of this kind."""
+    if not isinstance(method.model, kind):
+        raise TypeError(f"{type(method).__name__} wraps a {kind.__name__}, got {type(method.model).__name__}")
+
+
 class TokenCosts(NamedTuple):
     """What a method costs beside its dense model.
 

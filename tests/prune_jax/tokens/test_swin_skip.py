@@ -106,3 +106,10 @@ def test_bad_arguments_are_named():
         SwinPatchSkip(SWIN, 0)
     with pytest.raises(ValueError, match="threshold must be between 0 and 1, got 0"):
         SwinPatchSkip(SWIN, threshold=0)
+    with pytest.raises(ValueError, match="image_size must be a whole number of at least 1, got 0"):
+        SwinPatchSkip(SWIN, image_size=0)
+
+
+def test_one_number_is_an_image_size():
+    assert SwinPatchSkip(SWIN, image_size=18) == SwinPatchSkip(SWIN, image_size=(18, 18))
+    assert SwinPatchSkip(SWIN, image_size=18).tokens == (81, 81, 25)
