@@ -129,6 +129,25 @@ def test_parameters_of_another_model_are_named():
         wrap(ToMe(MODEL, 1), other, jax.random.key(0))
 
 
+def test_variables_of_another_structure_are_named():
+    method, key = ToMe(MODEL, 1), jax.random.key(0)
+    small, bare = wrapped(method), VARIABLES["params"]
+    with pytest.raises(ValueError, match="variables are those of a method; wrap takes the model's alone"):
+        wrap(method, small, key)
+    with pytest.raises(ValueError, match=r"variables must be \{'params': ...\}, got .*blocks_0"):
+        wrap(method, bare, key)
+    with pytest.raises(ValueError, match="variables must be those of a ViT or Swin, got params of Dense_0"):
+        wrap(method, {"params": {"Dense_0": {}}}, key)
+    with pytest.raises(ValueError, match=r"variables must be the method's, as wrap makes them, got .*blocks_0"):
+        token_costs(method, VARIABLES)
+    with pytest.raises(ValueError, match=r"variables must be \{'params': ...\}, got list"):
+        token_costs(method, [small])
+    with pytest.raises(ValueError, match="batches must be a whole number of at least 1, got 0"):
+        token_costs(method, small, batches=(1, 0))
+    with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, got 0"):
+        token_costs(method, small, repeats=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
