@@ -221,7 +221,7 @@ def plain(value: Any) -> Any:
     """
     if not isinstance(value, np.ndarray | jax.Array):
         return value
-    return tuple(plain(part) for part in np.asarray(value)) if value.ndim else value.item()
+    return tuple(plain(np.asarray(part)) for part in np.asarray(value)) if value.ndim else value.item()
 
 
 def each_layer(name: str, value: Any, depth: int) -> tuple:
