@@ -31,11 +31,18 @@ SHOWN: dict[str, tuple[float, ...]] = {
 FILES = {"dynamic": "kept.png", "cp": "cascade.png", "skip": "skipped.png", "tome": "merged.png"}
 
 
-def names(config: Config) -> list[str]:
-    """The figures of a run."""
-    of_series = [FILES[series] for series in config.series if series in FILES]
+def names(config: Config, rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> list[str]:
+    """The figures of a run that have something to show.
+
+    Args:
+      config: of the run.
+      rows: of its metrics.
+      shown: names of the methods whose decisions are drawn, such as "tome-0.5".
+    """
+    drawn = {name.rsplit("-", 1)[0] for name in shown}
+    of_series = [FILES[series] for series in config.series if series in FILES and series in drawn]
     similarity = ["similarity.png"] if "skip" in config.series else []
-    timed = ["latency.png"] if set(config.timed) & set(config.keep_rates) else []
+    timed = ["latency.png"] if any(row.get("latency") for row in rows) else []
     return ["flops.png", *timed, "tokens.png", *of_series, *similarity, "attention.png", "informativeness.png"]
 
 

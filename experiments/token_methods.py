@@ -116,12 +116,17 @@ def speed_up(latency: dict[str, float]) -> float:
 
 
 def reaches(series: Series, keep: float, model: ViT) -> bool:
-    """Whether a method can keep so few: ToMe halves the tokens at most, block by block."""
+    """Whether a method can keep so few: only ToMe has a least."""
+    return series != "tome" or keep >= least_merged(model)
+
+
+def least_merged(model: ViT) -> float:
+    """The lowest keep rate of ToMe, which halves the tokens at most, block by block."""
     patches = model.grid[0] * model.grid[1]
     left = [patches]
     for _ in range(model.depth):
         left.append(left[-1] - left[-1] // 2)
-    return series != "tome" or keep >= sum(left[1:]) / (model.depth * patches)
+    return sum(left[1:]) / (model.depth * patches)
 
 
 def own_parts(params: PyTree) -> dict[str, Any]:

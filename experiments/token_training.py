@@ -33,8 +33,8 @@ def only(
 
 
 def classifier(path: str) -> bool:
-    """Whether a parameter belongs to the head of the wrapped ViT."""
-    return path.startswith("model/class_head")
+    """Whether a parameter belongs to a head of the wrapped ViT: that of classes or, if distilled, of distillation."""
+    return path.startswith(("model/class_head/", "model/distillation_head/"))
 
 
 def of_the_vit(path: str) -> bool:

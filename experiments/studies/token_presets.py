@@ -31,12 +31,12 @@ class Config:
       joint_epochs: of training DynamicViT as a whole.
       epochs: of training on what another method leaves, or the classifier.
       batch_size: images a step.
-      learning_rate: of the ViT at the start; new parts learn at `own_learning_rate`.
+      learning_rate: at the start, of the ViT, and of the predictors that are trained jointly with it.
       own_learning_rate: of predictors, where they are trained alone.
       scorer_learning_rate: of scorers.
       calibration_images: from which attention ranges and capacities are taken.
       test_images: only the first so many of the test split; None: all.
-      timed: keep rates at which latency is measured.
+      timed: keep rates, among `keep_rates`, at which latency is measured.
       batches: batch sizes of the latency.
       repeats: batches timed at each.
     """

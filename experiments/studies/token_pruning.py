@@ -3,6 +3,7 @@
 References: report A, section 2.5 and Table 8; report B, section 2.3 and Tables 6-7; report C.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from experiments.token_tables import comparisons, table
 from experiments.trained import Base, load_base
 from experiments.training import PyTree
 from prune_jax import flops
+from prune_jax.models import ViT
 from prune_jax.tokens import (
     CPViT,
     PatchSkip,
@@ -43,6 +45,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     """Trains what each method learns and measures all; returns metrics, table, comparisons, figures."""
     check(config)
     base = load_base(run.options, config.base, training.data_mesh())
+    check_reach(config, token_methods.vit_of(base))
     finetuning.check(_plan(config, config.epochs, config.learning_rate), len(base.train.labels))
     study = _Study(config, base, run)
     rows = study.untrained() + study.trained()
@@ -55,12 +58,13 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         "profile": token_figures.summary(study.profile),
         "similarity": study.similarity(),
     }
-    token_figures.keep_pictures(run, base, study.shown(), study.profile)
+    shown = study.shown()
+    token_figures.keep_pictures(run, base, shown, study.profile)
     return {
         "metrics": metrics,
         "table": table(config.base, metrics),
         "comparisons": comparisons(config, metrics),
-        "figures": token_figures.names(config),
+        "figures": token_figures.names(config, rows, [name for name, _, _ in shown]),
     }
 
 
@@ -70,9 +74,13 @@ def check(config: Config) -> None:
     Raises:
       ValueError: names the field, its value and what would be right.
     """
+    if unknown := [name for name in config.series if name not in token_methods.TITLES]:
+        raise ValueError(f"series must be among {', '.join(token_methods.TITLES)}, got {unknown}")
     for name in ("keep_rates", "classifier", "joint", "finetuned", "others_finetuned"):
         if bad := [rate for rate in getattr(config, name) if not 0 < rate <= 1]:
             raise ValueError(f"{name} must be above 0 and at most 1, got {bad}")
+    if not 0 < config.predictor_keep <= 1:
+        raise ValueError(f"predictor_keep must be above 0 and at most 1, got {config.predictor_keep}")
     if bad := [t for t in config.cosine_thresholds if not 0 < t < 1]:
         raise ValueError(f"cosine_thresholds must be between 0 and 1, got {bad}")
     if not config.cosine_thresholds or not config.keep_rates or not config.series:
@@ -80,9 +88,35 @@ def check(config: Config) -> None:
     lowest = min(*config.keep_rates, *config.finetuned, *config.others_finetuned, 1.0)
     if {"cp", "cp-merge"} & set(config.series) and lowest < 0.05:
         raise ValueError(f"CP-ViT keeps at least 0.05 of the patches, got a keep rate of {lowest}")
-    for name in ("calibration_images", "scorer_images", "scorer_steps", "repeats"):
+    if bad := [rate for rate in config.timed if rate not in config.keep_rates]:
+        raise ValueError(f"timed must be among the keep_rates {config.keep_rates}, got {bad}")
+    for name in ("calibration_images", "scorer_images", "scorer_steps", "batch_size", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.test_images is not None and config.test_images < 1:
+        raise ValueError(f"test_images must be at least 1, or None for all, got {config.test_images}")
+    if bad := [batch for batch in config.batches if batch < 1]:
+        raise ValueError(f"batches must be at least 1, got {bad}")
+    rates = ("learning_rate", "own_learning_rate", "scorer_learning_rate")
+    for name in ("learn_epochs", "joint_epochs", "epochs", *rates):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {getattr(config, name)}")
+
+
+def check_reach(config: Config, model: ViT) -> None:
+    """Refuses, before anything is trained or measured, keep rates that no method reaches on this model.
+
+    A rate that only some methods reach is measured of those.
+
+    Raises:
+      ValueError: no method reaches any of `keep_rates`, or one of `timed`.
+    """
+    reached = [k for k in config.keep_rates if any(token_methods.reaches(s, k, model) for s in config.series)]
+    least = f"on this base ToMe keeps at least {token_methods.least_merged(model):.3g} of the patches"
+    if not reached:
+        raise ValueError(f"keep_rates must have one that a method reaches: {least}, got {config.keep_rates}")
+    if bad := [rate for rate in config.timed if rate not in reached]:
+        raise ValueError(f"timed must be reached by a method: {least}, got {bad}")
 
 
 def draw(directory: Path, result: dict[str, Any]) -> None:

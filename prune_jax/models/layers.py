@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
@@ -211,12 +212,25 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 BLOCK_WIDTHS = ("heads", "qk_dim", "v_dim", "mlp_hidden", "scale")  # set for each block, in the order of fill_widths
 
 
+def plain(value: Any) -> Any:
+    """A setting given as an array, of numpy or JAX, as a number or a tuple of them; all else as it is.
+
+    Example:
+      >>> plain(np.array([1, 2])), plain(np.array(0.5)), plain(3)
+      ((1, 2), 0.5, 3)
+    """
+    if not isinstance(value, np.ndarray | jax.Array):
+        return value
+    return tuple(plain(np.asarray(part)) for part in np.asarray(value)) if value.ndim else value.item()
+
+
 def each_layer(name: str, value: Any, depth: int) -> tuple:
     """A setting as one value a layer.
 
     Raises:
       ValueError: a sequence of another length.
     """
+    value = plain(value)
     if not isinstance(value, Sequence):
         return (value,) * depth
     if len(value) != depth:

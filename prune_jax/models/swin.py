@@ -24,6 +24,7 @@ from prune_jax.models.layers import (
     each_layer,
     fill_widths,
     initialise,
+    plain,
 )
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -170,9 +171,10 @@ class Swin(nn.Module):
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each stage."""
-        if isinstance(self.width, Sequence):
-            return each_layer("width", self.width, len(self.depths))
-        return tuple(self.width * 2**stage for stage in range(len(self.depths)))
+        width = plain(self.width)
+        if isinstance(width, Sequence):
+            return each_layer("width", width, len(self.depths))
+        return tuple(width * 2**stage for stage in range(len(self.depths)))
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -18,10 +18,10 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
-from prune_jax.models.layers import each_layer
+from prune_jax.models.layers import each_layer, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
-from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
 
 Queries = Literal["all", "prefix"]
 
@@ -46,6 +46,7 @@ class CPViT(TokenMethod):
 
     Raises:
       ValueError: a negative ratio, ratios that leave no patch, or "prefix" without prefix tokens.
+      TypeError: a model that is not a ViT.
 
     Example:
       >>> from prune_jax.models import vit
@@ -59,7 +60,9 @@ class CPViT(TokenMethod):
     queries: Queries = "all"
 
     def __post_init__(self) -> None:
+        self.ratios = plain(self.ratios)
         super().__post_init__()
+        check_model(self, ViT)
         _ = self.counts  # says now what is wrong
         if self.queries not in ("all", "prefix"):
             raise ValueError(f"queries must be 'all' or 'prefix', got {self.queries!r}")
@@ -71,7 +74,7 @@ class CPViT(TokenMethod):
         """Patch tokens left after each block's cut."""
         ratios = each_layer("ratios", self.ratios, self.model.depth)
         gone = np.cumsum(ratios)
-        if min(ratios) < 0 or gone[-1] >= 1:
+        if not (min(ratios) >= 0 and gone[-1] < 1):  # nor NaN
             raise ValueError(f"ratios must not be negative and sum to less than 1, got {ratios}")
         return state.counts([float(1 - fraction) for fraction in gone], patches_of(self.model))
 

@@ -5,6 +5,7 @@ Reference: Rao et al. 2021, DynamicViT: Efficient Vision Transformers with Dynam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prune_jax.models.layers import dense, exact_gelu
+from prune_jax.models.layers import dense, exact_gelu, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
-from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
+from prune_jax.tree import check_count
 
 DROP, KEEP = 0, 1  # the two outcomes that a predictor gives probabilities of
 
@@ -99,7 +101,9 @@ class DynamicViT(TokenMethod):
       temperature: of the Gumbel-softmax whose gradient is used.
 
     Raises:
-      ValueError: stages that are not ascending blocks of the model; fractions outside (0, 1] or rising.
+      ValueError: stages that are not ascending blocks of the model; fractions outside (0, 1] or rising; `features`
+        below 1; a temperature that is not above 0.
+      TypeError: a model that is not a ViT.
 
     Example:
       >>> from prune_jax.models import vit
@@ -115,13 +119,20 @@ class DynamicViT(TokenMethod):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        self.stages, self.keep = plain(self.stages), plain(self.keep)
         super().__post_init__()
+        check_model(self, ViT)
         _ = self.fractions  # says now what is wrong
+        if self.features is not None:
+            check_count("features", self.features, 1)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
 
     @property
     def fractions(self) -> tuple[float, ...]:
         """Fraction of all patches that is left after each stage."""
-        stages, depth = tuple(self.stages), self.model.depth
+        depth = self.model.depth
+        stages = tuple(check_count("stages", stage, 0) for stage in self.stages)
         if not stages or any(not 0 <= s < depth for s in stages) or any(a >= b for a, b in pairwise(stages)):
             raise ValueError(f"stages must be ascending blocks from 0 to {depth - 1}, got {stages}")
         if not isinstance(self.keep, Sequence):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from prune_jax.distillation import distillation_loss
@@ -58,10 +59,18 @@ def ratio_loss(decisions: Array, fractions: Sequence[float]) -> Array:
     Returns:
       A scalar.
 
+    Raises:
+      ValueError: not one fraction a stage.
+
     Example:
       >>> float(ratio_loss(jnp.array([[[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]), (0.5, 0.75)))
       0.125
     """
+    if decisions.ndim != 3 or np.shape(fractions) != decisions.shape[1:2]:
+        raise ValueError(
+            f"decisions must be (B, stages, N) with a fraction for each stage, got decisions {decisions.shape} and "
+            f"{np.size(fractions)} fractions"
+        )
     return jnp.mean((decisions.mean(axis=-1) - jnp.asarray(fractions)[None]) ** 2)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from prune_jax.models.layers import each_layer
+from prune_jax.models.layers import each_layer, plain
 from prune_jax.models.vit import ViT
-from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
 from prune_jax.tokens.state import Tokens, absorb, cosines, hand_over, split, start, take
+from prune_jax.tree import check_count
 
 
 class ToMe(TokenMethod):
@@ -31,7 +32,8 @@ class ToMe(TokenMethod):
       proportional: whether attention weighs tokens by size.
 
     Raises:
-      ValueError: r is negative or larger than half of the patch tokens of some block.
+      ValueError: r is not a whole number, negative, or larger than half of the patch tokens of some block.
+      TypeError: a model that is not a ViT.
 
     Example:
       >>> from prune_jax.models import vit
@@ -46,7 +48,9 @@ class ToMe(TokenMethod):
     proportional: bool = True
 
     def __post_init__(self) -> None:
+        self.r = plain(self.r)
         super().__post_init__()
+        check_model(self, ViT)
         _ = self.tokens  # says now what is wrong
 
     @property
@@ -54,10 +58,8 @@ class ToMe(TokenMethod):
         """Tokens, prefix included, that the MLP of each block computes."""
         left, counts = patches_of(self.model), []
         for i, r in enumerate(self.merged):
-            if not 0 <= r <= left // 2:
-                raise ValueError(
-                    f"r must be at least 0 and at most half of the {left} patch tokens of block {i}, got {r}"
-                )
+            if r > left // 2:
+                raise ValueError(f"r must be at most half of the {left} patch tokens of block {i}, got {r}")
             left -= r
             counts.append(self.model.prefix + left)
         return tuple(counts)
@@ -65,7 +67,7 @@ class ToMe(TokenMethod):
     @property
     def merged(self) -> tuple[int, ...]:
         """Tokens that each block merges away."""
-        return each_layer("r", self.r, self.model.depth)
+        return tuple(check_count("r", r, 0) for r in each_layer("r", self.r, self.model.depth))
 
     def trace(self, images: Array, *, train: bool = False) -> Trace:
         """Images (B, H, W, C) -> logits, and which patch's token carries each patch."""

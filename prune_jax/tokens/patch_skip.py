@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
-from prune_jax.models.layers import Block, each_layer
+from prune_jax.models.layers import Block, each_layer, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
-from prune_jax.tokens.protocol import TokenMethod, Trace, patches_of
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
 from prune_jax.tokens.scorers import Observed, Scorer, Skipping, scaled_cosine
+from prune_jax.tree import check_count
 
 AttendTo = Literal["all", "kept"]
 
@@ -46,7 +48,8 @@ class PatchSkip(TokenMethod):
       hidden: channels of the scorers; None is width / 12 (768 x 64 x 1).
 
     Raises:
-      ValueError: a capacity outside (0, 1], a threshold outside (0, 1), or another `attend`.
+      ValueError: a capacity outside (0, 1], a threshold outside (0, 1), another `attend`, or `hidden` below 1.
+      TypeError: a model that is not a ViT.
 
     Example:
       >>> from prune_jax.models import vit
@@ -61,10 +64,14 @@ class PatchSkip(TokenMethod):
     hidden: int | None = None
 
     def __post_init__(self) -> None:
+        self.capacity = plain(self.capacity)
         super().__post_init__()
+        check_model(self, ViT)
         check(self.capacity, self.threshold)
         if self.attend not in ("all", "kept"):
             raise ValueError(f"attend must be 'all' or 'kept', got {self.attend!r}")
+        if self.hidden is not None:
+            check_count("hidden", self.hidden, 1)
         _ = self.counts  # says now what is wrong
 
     @property
@@ -165,6 +172,7 @@ def compute_some(
     attend: AttendTo,
     *,
     bias: Array | None = None,
+    windows: int = 0,
     train: bool = False,
 ) -> Array:
     """A block on some of its tokens; the others stay as they are.
@@ -176,6 +184,8 @@ def compute_some(
       index: the tokens to compute, ascending (B, K).
       attend: whether they attend to all N or to the K.
       bias: of those queries on all keys, (B, heads, K, N).
+      windows: of an example, where B counts windows, those of an example one after another: training drops the branch
+        of an example in all of its windows. 0 where B counts examples.
       train: whether the block drops units and branches.
 
     Returns:
@@ -186,8 +196,11 @@ def compute_some(
     else:
         q, k, v = block.attention.project(state.take(normed, index))
     mixed = block.attention.combine(block.attention.probabilities(q, k, bias=bias), v)
-    computed = block.feed_forward(block.add(state.take(x, index), mixed, train=train), train=train)
-    return state.put(x, index, computed)
+    some, shape = state.take(x, index), mixed.shape
+    if windows:
+        some, mixed = (rearrange(t, "(b w) k d -> b w k d", w=windows) for t in (some, mixed))
+    computed = block.feed_forward(block.add(some, mixed, train=train), train=train)
+    return state.put(x, index, computed.reshape(shape))
 
 
 def keep_above(scores: Array, threshold: float) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from jax import Array
 from prune_jax.costs import Latency, flops, latencies
 from prune_jax.models.vit import ViT
 from prune_jax.tokens.state import NOBODY, positions
+from prune_jax.tree import check_count
 
 
 class Trace(NamedTuple):
@@ -73,6 +75,12 @@ class TokenMethod(nn.Module):
         return self.trace(images, train=train).logits
 
 
+def check_model(method: TokenMethod, kind: type[nn.Module]) -> None:
+    """Raises TypeError unless the method's model is of this kind."""
+    if not isinstance(method.model, kind):
+        raise TypeError(f"{type(method).__name__} wraps a {kind.__name__}, got {type(method.model).__name__}")
+
+
 class TokenCosts(NamedTuple):
     """What a method costs beside its dense model.
 
@@ -103,7 +111,7 @@ def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
       ``{"params": {"model": ..., ...}}``.
 
     Raises:
-      ValueError: parameters of another model.
+      ValueError: parameters of another model, or not of a model alone.
 
     Example:
       >>> from prune_jax.models import ViT
@@ -115,9 +123,11 @@ def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
       >>> sorted(small["params"]), method.tokens, method.apply(small, jnp.zeros((5, 8, 8, 3))).shape
       (['model', 'predictors_0'], (17, 9), (5, 3))
     """
+    given = params_of(variables)
+    if "model" in given:
+        raise ValueError("variables are those of a method; wrap takes the model's alone: {'params': params['model']}")
     images = jnp.zeros((1, *image_shape(method, variables)))
     wanted = jax.eval_shape(method.init, key, images)["params"]
-    given = variables["params"]
     shapes = [
         {jax.tree_util.keystr(p, simple=True, separator="/"): np.shape(x) for p, x in jax.tree.leaves_with_path(tree)}
         for tree in (wanted["model"], given)
@@ -148,8 +158,17 @@ def token_costs(
 
     Returns:
       The costs.
+
+    Raises:
+      ValueError: variables that are not a method's, a batch size or `repeats` below 1.
     """
-    dense = {"params": variables["params"]["model"]}
+    params = params_of(variables)
+    if "model" not in params:
+        raise ValueError(f"variables must be the method's, as wrap makes them, got params of {', '.join(params)}")
+    check_count("repeats", repeats, 1)
+    for batch in batches:
+        check_count("batches", batch, 1)
+    dense = {"params": params["model"]}
     shape = image_shape(method, dense)
     one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     times: dict[int, Latency] = {}
@@ -169,9 +188,28 @@ def token_costs(
 
 
 def image_shape(method: TokenMethod, variables: Any) -> tuple[int, int, int]:
-    """Height, width and channels of the images that a method takes, its model having these variables."""
-    channels = np.shape(variables["params"]["embedding"]["kernel"])[0] // method.model.patch**2
+    """Height, width and channels of the images that a method takes, its model having these variables.
+
+    Raises:
+      ValueError: they have no patch embedding.
+    """
+    params = params_of(variables)
+    if "embedding" not in params:
+        raise ValueError(f"variables must be those of a ViT or Swin, got params of {', '.join(params) or 'nothing'}")
+    channels = np.shape(params["embedding"]["kernel"])[0] // method.model.patch**2
     return *method.image_size, channels
+
+
+def params_of(variables: Any) -> Mapping[str, Any]:
+    """The parameters among variables.
+
+    Raises:
+      ValueError: there are none, as where the bare parameters are given.
+    """
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        got = ", ".join(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(f"variables must be {{'params': ...}}, got {got or 'nothing'}")
+    return variables["params"]
 
 
 def patches_of(model: ViT) -> int:

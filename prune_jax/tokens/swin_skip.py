@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import Array
 
-from prune_jax.models.layers import each_layer
+from prune_jax.models.layers import each_layer, plain
 from prune_jax.models.swin import Swin, WindowBlock
 from prune_jax.tokens import state
 from prune_jax.tokens.patch_skip import check, compute_some, keep_above, owners
-from prune_jax.tokens.protocol import TokenMethod, Trace
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model
 from prune_jax.tokens.scorers import Observed, Scorer, Skipping, scaled_cosine
+from prune_jax.tree import check_count
 
 
 class SwinPatchSkip(TokenMethod):
@@ -30,10 +32,13 @@ class SwinPatchSkip(TokenMethod):
       capacity: fraction of its patches that each window computes, one number or one a block, counted through all
         stages; None computes what scores above `threshold`. Where it is 1 the block is the dense one exactly.
       threshold: of the score, a probability; without `capacity`.
-      image_size: height and width of the images that `tokens`, `wrap` and `token_costs` are to go by; it runs on any.
+      image_size: height and width, or one number for both, of the images that `tokens`, `wrap` and `token_costs` are to
+        go by; it runs on any.
 
     Raises:
-      ValueError: a capacity outside (0, 1], a wrong number of them, a threshold outside (0, 1).
+      ValueError: a capacity outside (0, 1], a wrong number of them, a threshold outside (0, 1), or an image size that
+        is not of whole numbers.
+      TypeError: a model that is not a Swin.
 
     Example:
       >>> import jax
@@ -51,10 +56,14 @@ class SwinPatchSkip(TokenMethod):
     model: Swin
     capacity: float | Sequence[float] | None = None
     threshold: float = 0.5
-    image_size: tuple[int, int] = (224, 224)
+    image_size: Any = (224, 224)  # is made a pair
 
     def __post_init__(self) -> None:
+        self.capacity = plain(self.capacity)
+        size = each_layer("image_size", self.image_size, 2)
+        self.image_size = tuple(check_count("image_size", length, 1) for length in size)
         super().__post_init__()
+        check_model(self, Swin)
         check(self.capacity, self.threshold)
         _ = self.capacities  # says now what is wrong
 
@@ -172,7 +181,8 @@ class SwinPatchSkip(TokenMethod):
         bias = jnp.broadcast_to(bias[None], (len(windows) // len(bias), *bias.shape))
         bias = state.take(rearrange(bias, "b w h n m -> (b w) n h m"), index)
         bias = rearrange(bias, "b k h m -> b h k m")
-        y = compute_some(block, block.to_windows(x), windows, index, "all", bias=bias, train=train)
+        of_each = len(windows) // len(x)
+        y = compute_some(block, block.to_windows(x), windows, index, "all", bias=bias, windows=of_each, train=train)
         kept = block.from_windows(state.chosen(index, windows.shape[1])[..., None], size)[..., 0]
         return block.from_windows(y, size), kept
 

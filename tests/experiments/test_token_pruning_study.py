@@ -14,8 +14,9 @@ from experiments.config import Options
 from experiments.runs import Run
 from experiments.studies import token_pruning
 from experiments.studies.token_presets import PRESETS
-from experiments.token_figures import decided
+from experiments.token_figures import decided, names
 from experiments.token_methods import TITLES, reaches
+from experiments.token_training import classifier
 from experiments.trained import Base
 from prune_jax.models import ViT
 from prune_jax.tokens import PatchSkip, Skipping
@@ -87,11 +88,49 @@ def test_scorers_learn_what_the_commoner_answer_cannot_say(tmp_path) -> None:
         ({"series": ()}, "need at least one entry"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"scorer_steps": 0}, "scorer_steps must be at least 1, got 0"),
+        ({"series": ("tome", "top")}, r"series must be among tome, .*, got \['top'\]"),
+        ({"timed": (0.5, 0.55)}, r"timed must be among the keep_rates \(0.5,\), got \[0.55\]"),
+        ({"predictor_keep": 0.0}, "predictor_keep must be above 0 and at most 1, got 0.0"),
+        ({"own_learning_rate": -1.0}, "own_learning_rate must be above 0 and finite, got -1.0"),
+        ({"joint_epochs": 0.0}, "joint_epochs must be above 0 and finite, got 0.0"),
+        ({"batches": (1, 0)}, r"batches must be at least 1, got \[0\]"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"test_images": 0}, "test_images must be at least 1, or None for all, got 0"),
     ],
 )
 def test_wrong_numbers_are_refused(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         token_pruning.check(dataclasses.replace(PRESETS["tiny"].config, **changes))
+
+
+def test_presets_are_not_refused() -> None:
+    for preset in PRESETS.values():
+        token_pruning.check(preset.config)
+
+
+def test_keep_rates_that_no_method_reaches_are_refused() -> None:
+    """Two blocks that merge leave at least 8 + 4 of 16 patches twice."""
+    model = ViT(num_classes=3, image_size=8, patch=2, width=8, depth=2, heads=2)
+    low = dataclasses.replace(PRESETS["tiny"].config, series=("tome",), keep_rates=(0.1,), timed=(0.1,))
+    with pytest.raises(ValueError, match=r"keep_rates must have one .* at least 0.375 of the patches, got \(0.1,\)"):
+        token_pruning.check_reach(low, model)
+    with pytest.raises(ValueError, match=r"timed must be reached by a method: .*, got \[0.1\]"):
+        token_pruning.check_reach(dataclasses.replace(low, keep_rates=(0.5, 0.1)), model)
+    token_pruning.check_reach(dataclasses.replace(low, keep_rates=(0.5, 0.1), timed=(0.5,)), model)
+    token_pruning.check_reach(dataclasses.replace(low, series=("tome", "cp")), model)
+
+
+def test_only_figures_with_something_to_show_are_named() -> None:
+    config = dataclasses.replace(PRESETS["tiny"].config, series=("tome", "cp"))
+    found = names(config, [{"latency": {}}, {}], ["cp-0.5"])
+    assert found == ["flops.png", "tokens.png", "cascade.png", "attention.png", "informativeness.png"]
+    assert {"latency.png", "merged.png"} < set(names(config, [{"latency": {"1": {}}}], ["tome-0.5"]))
+
+
+def test_a_distilled_vit_has_two_classifiers() -> None:
+    paths = ("class_head/kernel", "distillation_head/bias", "blocks_0/norm1/scale", "class_token")
+    assert [classifier(f"model/{path}") for path in paths] == [True, True, False, False]
+    assert not classifier("predictors_0/out/kernel")
 
 
 def test_pictures_show_who_carries_a_patch() -> None:

@@ -93,6 +93,12 @@ def test_losses_are_their_formulas():
     assert token_distillation(a, b, 0 * masks[:, 1]) == 0
 
 
+def test_every_stage_has_a_fraction():
+    for fractions in ((0.5,), (0.5, 0.5), 0.5):
+        with pytest.raises(ValueError, match="a fraction for each stage"):
+            ratio_loss(jnp.ones((2, 3, 4)), fractions)
+
+
 def test_the_dense_model_as_its_own_student_has_nothing_to_learn():
     method = DynamicViT(MODEL, (1, 2), 1.0)
     logits, patches = run(MODEL, VARIABLES, IMAGES, method=teach)

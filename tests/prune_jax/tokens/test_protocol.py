@@ -21,9 +21,9 @@ from token_models import (
 
 from prune_jax import apply_masks, flops, make_masks
 from prune_jax.graph import prune
-from prune_jax.models import ViT, narrow
+from prune_jax.models import Swin, ViT, narrow
 from prune_jax.scores import magnitude
-from prune_jax.tokens import CPViT, DynamicViT, PatchSkip, ToMe, cut_heads, token_costs, wrap
+from prune_jax.tokens import CPViT, DynamicViT, PatchSkip, SwinPatchSkip, ToMe, cut_heads, token_costs, wrap
 
 
 @pytest.mark.parametrize("method", DENSE, ids=name)
@@ -129,6 +129,25 @@ def test_parameters_of_another_model_are_named():
         wrap(ToMe(MODEL, 1), other, jax.random.key(0))
 
 
+def test_variables_of_another_structure_are_named():
+    method, key = ToMe(MODEL, 1), jax.random.key(0)
+    small, bare = wrapped(method), VARIABLES["params"]
+    with pytest.raises(ValueError, match="variables are those of a method; wrap takes the model's alone"):
+        wrap(method, small, key)
+    with pytest.raises(ValueError, match=r"variables must be \{'params': ...\}, got .*blocks_0"):
+        wrap(method, bare, key)
+    with pytest.raises(ValueError, match="variables must be those of a ViT or Swin, got params of Dense_0"):
+        wrap(method, {"params": {"Dense_0": {}}}, key)
+    with pytest.raises(ValueError, match=r"variables must be the method's, as wrap makes them, got .*blocks_0"):
+        token_costs(method, VARIABLES)
+    with pytest.raises(ValueError, match=r"variables must be \{'params': ...\}, got list"):
+        token_costs(method, [small])
+    with pytest.raises(ValueError, match="batches must be a whole number of at least 1, got 0"):
+        token_costs(method, small, batches=(1, 0))
+    with pytest.raises(ValueError, match="repeats must be a whole number of at least 1, got 0"):
+        token_costs(method, small, repeats=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -138,6 +157,13 @@ def test_parameters_of_another_model_are_named():
         (lambda: DynamicViT(MODEL, (2, 1)), r"stages must be ascending"),
         (lambda: DynamicViT(MODEL, (1, 2), (0.5, 0.6)), "keep must be one number or 2 falling fractions"),
         (lambda: DynamicViT(MODEL, (1, 2), (0.5, 0.0)), "keep must be above 0"),
+        (lambda: DynamicViT(MODEL, (1.5,)), "stages must be a whole number of at least 0, got 1.5"),
+        (lambda: DynamicViT(MODEL, (1,), features=0), "features must be a whole number of at least 1, got 0"),
+        (lambda: DynamicViT(MODEL, (1,), temperature=0.0), "temperature must be above 0 and finite, got 0.0"),
+        (lambda: DynamicViT(MODEL, (1,), temperature=-1.0), "temperature must be above 0"),
+        (lambda: CPViT(MODEL, (0.1, float("nan"), 0.0)), "ratios must not be negative"),
+        (lambda: PatchSkip(MODEL, hidden=0), "hidden must be a whole number of at least 1, got 0"),
+        (lambda: PatchSkip(MODEL, np.array([0.5, 0.0, 1.0])), "capacity must be above 0 and at most 1, got 0.0"),
         (lambda: CPViT(MODEL, 0.4), "ratios must not be negative and sum to less than 1"),
         (lambda: CPViT(MODEL, (0.1, 0.2)), "ratios must be one value or a sequence of 3"),
         (lambda: CPViT(MODEL, queries="some"), "queries must be 'all' or 'prefix', got 'some'"),
@@ -147,10 +173,31 @@ def test_parameters_of_another_model_are_named():
         (lambda: PatchSkip(MODEL, threshold=1.0), "threshold must be between 0 and 1, got 1.0"),
         (lambda: PatchSkip(MODEL, attend="none"), "attend must be 'all' or 'kept', got 'none'"),
         (lambda: ToMe(MODEL, (8, 5, 0)), "at most half of the 8 patch tokens of block 1, got 5"),
-        (lambda: ToMe(MODEL, -1), "r must be at least 0"),
+        (lambda: ToMe(MODEL, -1), "r must be a whole number of at least 0, got -1"),
+        (lambda: ToMe(MODEL, 2.5), "r must be a whole number of at least 0, got 2.5"),
         (lambda: ToMe(MODEL, (1, 1)), "r must be one value or a sequence of 3"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [CPViT, DynamicViT, PatchSkip, ToMe])
+def test_models_of_another_kind_are_named(kind):
+    with pytest.raises(TypeError, match=f"{kind.__name__} wraps a ViT, got Swin"):
+        kind(Swin(num_classes=3))
+    with pytest.raises(TypeError, match="SwinPatchSkip wraps a Swin, got ViT"):
+        SwinPatchSkip(MODEL)
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_arrays_say_what_tuples_say(array):
+    assert DynamicViT(MODEL, array([1, 2]), array([0.5, 0.25])) == DynamicViT(MODEL, (1, 2), (0.5, 0.25))
+    assert DynamicViT(MODEL, (1,), array(0.5)).tokens == DynamicViT(MODEL, (1,), 0.5).tokens
+    assert CPViT(MODEL, array([0.25, 0.0, 0.5])) == CPViT(MODEL, (0.25, 0.0, 0.5))
+    assert PatchSkip(MODEL, array([0.5, 0.25, 1.0])) == PatchSkip(MODEL, (0.5, 0.25, 1.0))
+    assert ToMe(MODEL, array([8, 1, 3])) == ToMe(MODEL, (8, 1, 3))
+    swin = Swin(num_classes=3, depths=(1, 1), width=array([8, 12]), heads=(2, 3), window=array([4, 2]))
+    assert (swin.widths, swin.windows) == ((8, 12), (4, 2))
+    assert SwinPatchSkip(swin, array([0.5, 1.0])).capacities == (0.5, 1.0)

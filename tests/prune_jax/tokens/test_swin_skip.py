@@ -68,6 +68,27 @@ def test_scorers_decide_in_threshold_mode_and_can_be_trained():
     assert all(jnp.any(gradients[f"scorers_{i}"]["fc1"]["kernel"] != 0) for i in range(3))
 
 
+def test_training_drops_the_branches_of_whole_examples():
+    """Where the second block drops both branches of an example, its computed patches are those it was given."""
+    model = Swin(num_classes=3, patch=2, window=2, width=(8,), depths=(2,), heads=(2,), drop_path=0.5)
+    method = SwinPatchSkip(model, (1.0, 0.5), image_size=(8, 8))
+    images = np.random.default_rng(6).standard_normal((32, 8, 8, 3)).astype(np.float32)
+    variables = start(method, images)
+
+    def changed(method, x):
+        blocks = method.model.blocks[0]
+        x = blocks[0](method.model.embed(x, train=True), train=True)
+        after, kept = method._gathered(1, blocks[1], x, 0.5, True)
+        return ((after != x).any(axis=-1) & kept, kept)
+
+    rngs = {"dropout": jax.random.key(3)}
+    moved, kept = jax.jit(lambda v, x: method.apply(v, x, method=changed, rngs=rngs))(variables, images)
+    of_image = moved.any(axis=(1, 2))
+    assert 0 < of_image.sum() < len(images)  # a quarter loses both branches
+    np.testing.assert_array_equal(moved, kept & of_image[:, None, None])
+    assert jax.eval_shape(lambda v, x: method.apply(v, x, train=True, rngs=rngs), variables, images).shape == (32, 3)
+
+
 def test_it_is_wrapped_and_timed_like_any_other():
     assert isinstance(SOME, TokenMethod)
     variables = wrap(SOME, start(SWIN, WIDE), jax.random.key(1))
@@ -85,3 +106,10 @@ def test_bad_arguments_are_named():
         SwinPatchSkip(SWIN, 0)
     with pytest.raises(ValueError, match="threshold must be between 0 and 1, got 0"):
         SwinPatchSkip(SWIN, threshold=0)
+    with pytest.raises(ValueError, match="image_size must be a whole number of at least 1, got 0"):
+        SwinPatchSkip(SWIN, image_size=0)
+
+
+def test_one_number_is_an_image_size():
+    assert SwinPatchSkip(SWIN, image_size=18) == SwinPatchSkip(SWIN, image_size=(18, 18))
+    assert SwinPatchSkip(SWIN, image_size=18).tokens == (81, 81, 25)
