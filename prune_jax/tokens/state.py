@@ -156,6 +156,12 @@ def counts(fractions: Sequence[float], patches: int) -> tuple[int, ...]:
     return tuple(max(1, round(fraction * patches)) for fraction in fractions)
 
 
+def check_decisions(name: str, decisions: Array, shape: tuple[int, ...], axes: str) -> None:
+    """Raises ValueError unless decisions have this shape, whose axes are called so."""
+    if jnp.shape(decisions) != shape:
+        raise ValueError(f"{name} must be {axes} = {shape}, got {jnp.shape(decisions)}")
+
+
 def check_fraction(name: str, value: float) -> None:
     """Raises ValueError unless 0 < value <= 1."""
     if not 0 < value <= 1:

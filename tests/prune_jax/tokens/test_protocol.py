@@ -154,6 +154,21 @@ def test_bfloat16_is_near_float32(method):
     np.testing.assert_allclose(logits, expected, atol=0.05 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    ("method", "axes", "shape"),
+    [
+        (DynamicViT(MODEL, (0, 2), 0.5), r"\(images, stages, patches\)", (2, 2, 16)),
+        (PatchSkip(MODEL, 0.5), r"\(images, blocks, patches\)", (2, 3, 16)),
+    ],
+    ids=["DynamicViT", "PatchSkip"],
+)
+@pytest.mark.parametrize("change", [(-1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, 1), (0, 0, -15)])
+def test_decisions_of_another_shape_are_named(method, axes, shape, change):
+    decisions = jnp.ones(np.add(shape, change), bool)
+    with pytest.raises(ValueError, match=rf"decisions must be {axes} = \({', '.join(map(str, shape))}\), got \("):
+        jax.eval_shape(lambda v: method.apply(v, IMAGES, decisions=decisions, method="masked"), wrapped(method))
+
+
 def test_parameters_of_another_model_are_named():
     other = start(ViT(num_classes=3, image_size=16, patch=4, width=24, depth=3, heads=3))
     with pytest.raises(ValueError, match=r"'blocks_0/attention/proj/bias' is \(24,\), the model has \(12,\)"):

@@ -97,6 +97,18 @@ def test_it_is_wrapped_and_timed_like_any_other():
     assert set(costs.latency) == {1}
 
 
+def test_decisions_of_another_shape_are_named():
+    variables = start(SOME, WIDE)
+    right = [jnp.ones((2, n), bool) for n in (54, 54, 15)]
+    for decisions, message in (
+        (right[:2], "decisions must be a sequence of 3, got 2"),
+        (right[:1] * 3, r"decisions\[2\] must be \(images, patches\) = \(2, 15\), got \(2, 54\)"),
+        ([right[0][:1], *right[1:]], r"decisions\[0\] must be \(images, patches\) = \(2, 54\), got \(1, 54\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda v, d=decisions: SOME.apply(v, WIDE, decisions=d, method="masked"), variables)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="capacity must be one value or a sequence of 3"):
         SwinPatchSkip(SWIN, (0.5, 0.5))
