@@ -218,8 +218,9 @@ class ViT(nn.Module):
         if self.pool == "mean":
             patches = self.norm(tokens[:, self.prefix :])
             if weights is not None:
-                total = jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-6)  # of an image that has lost all of them
-                share = weights / total * weights.shape[1]
+                total = weights.sum(axis=1, keepdims=True)
+                # an image that has lost all patches divides by one's worth: a small number would blow up the gradient
+                share = weights / jnp.where(total > 0, total, 1) * weights.shape[1]
                 patches = patches * share[..., None].astype(patches.dtype)
             seen = patches.mean(axis=1, keepdims=True)
         else:

@@ -24,6 +24,7 @@ from prune_jax.tokens import state
 from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
 
 Queries = Literal["all", "prefix"]
+NOTHING_LEFT = 1 - 1e-9  # ratios that are 1 in decimals may sum to a little less
 
 
 class CPViT(TokenMethod):
@@ -74,7 +75,7 @@ class CPViT(TokenMethod):
         """Patch tokens left after each block's cut."""
         ratios = each_layer("ratios", self.ratios, self.model.depth)
         gone = np.cumsum(ratios)
-        if not (min(ratios) >= 0 and gone[-1] < 1):  # nor NaN
+        if not (min(ratios) >= 0 and gone[-1] < NOTHING_LEFT):  # nor NaN
             raise ValueError(f"ratios must not be negative and sum to less than 1, got {ratios}")
         return state.counts([float(1 - fraction) for fraction in gone], patches_of(self.model))
 
@@ -259,7 +260,7 @@ def least_heads(heads: Sequence[Array], ratios: float | Sequence[float]) -> tupl
     if len(set(numbers)) > 1:
         raise ValueError(f"heads must be as many in every block to add up over blocks, got {numbers}")
     ratios = each_layer("ratios", ratios, len(heads))
-    if min(ratios) < 0 or sum(ratios) >= 1:
+    if min(ratios) < 0 or sum(ratios) >= NOTHING_LEFT or int(sum(ratios) * numbers[0] + 1e-6) >= numbers[0]:
         raise ValueError(f"ratios must not be negative and sum to less than 1, got {ratios}")
     alive, kept = list(range(numbers[0])), []
     scores, gone = np.zeros(numbers[0]), 0.0
@@ -286,7 +287,7 @@ def cut_heads(model: ViT, variables: Any, kept: Sequence[Sequence[int]]) -> tupl
       The narrower ViT and its variables.
 
     Raises:
-      ValueError: a block without heads, or heads that a block does not have.
+      ValueError: a block without heads, heads that a block does not have, or the same head twice.
 
     Example:
       >>> model = ViT(num_classes=3, image_size=8, patch=2, width=8, depth=2, heads=2)
@@ -301,8 +302,10 @@ def cut_heads(model: ViT, variables: Any, kept: Sequence[Sequence[int]]) -> tupl
     params = dict(variables["params"])
     for i, (heads, width) in enumerate(zip(kept, widths, strict=True)):
         index = np.asarray(heads)
-        if index.size == 0 or not set(index.tolist()) <= set(range(width["heads"])):
+        if index.size == 0 or index.dtype.kind not in "iu" or not set(index.tolist()) <= set(range(width["heads"])):
             raise ValueError(f"kept[{i}] must name one or more of {width['heads']} heads, got {tuple(heads)}")
+        if len(set(index.tolist())) < index.size:
+            raise ValueError(f"kept[{i}] must name each head once, got {tuple(heads)}")
         block = params[f"blocks_{i}"]
         qkv, proj = block["attention"]["qkv"], block["attention"]["proj"]
         columns = {n: rearrange(x, "... (h c) -> ... h c", h=width["heads"])[..., index, :] for n, x in qkv.items()}

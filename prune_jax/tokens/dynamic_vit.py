@@ -178,16 +178,22 @@ class DynamicViT(TokenMethod):
 
         Args:
           images: (B, H, W, C).
-          decisions: masks after each stage (B, stages, N), each inside the one before; None draws them by
-            Gumbel-softmax, from rng "gumbel".
+          decisions: masks after each stage (B, stages, N); what a stage has dropped no later one brings back. None
+            draws them by Gumbel-softmax, from rng "gumbel".
           train: whether the ViT drops units and branches.
 
         Returns:
           Logits, patch tokens and decisions.
+
+        Raises:
+          ValueError: decisions of another shape.
         """
         prefix = self.model.prefix
         x = self.model.embed(images, train=train)
         mask = jnp.ones((x.shape[0], x.shape[1] - prefix))
+        if decisions is not None:
+            shape = (mask.shape[0], len(self.stages), mask.shape[1])
+            state.check_decisions("decisions", decisions, shape, "(images, stages, patches)")
         size, weights = mask, None
         masks: list[Array] = []
         for i, block in enumerate(self.model.blocks):
@@ -197,7 +203,7 @@ class DynamicViT(TokenMethod):
                     scores = self.predictors[stage](x[:, prefix:], mask)
                     now = mask * gumbel_keep(self.make_rng("gumbel"), scores, self.temperature)
                 else:
-                    now = decisions[:, stage].astype(jnp.float32)
+                    now = mask * decisions[:, stage].astype(jnp.float32)
                 if self.merge:
                     merged, size = merge_masked(x[:, prefix:], size, mask, now)
                     x = jnp.concatenate([x[:, :prefix], merged], axis=1)

@@ -119,15 +119,21 @@ class PatchSkip(TokenMethod):
 
         Returns:
           As `trace`.
+
+        Raises:
+          ValueError: decisions of another shape.
         """
         prefix = self.model.prefix
         x = self.model.embed(images, train=train)
+        if decisions is not None:
+            shape = (x.shape[0], self.model.depth, x.shape[1] - prefix)
+            state.check_decisions("decisions", decisions, shape, "(images, blocks, patches)")
         kept = []
         for i, block in enumerate(self.model.blocks):
             if decisions is None:
                 now = keep_above(self.scorers[i].of_all(block.norm1(x)[:, prefix:]), self.threshold)
             else:
-                now = decisions[:, i]
+                now = decisions[:, i].astype(bool)
             kept.append(now)
             computed = jnp.pad(now, ((0, 0), (prefix, 0)), constant_values=True)
             itself = jnp.eye(x.shape[1], dtype=bool)[None]  # so that no row is empty

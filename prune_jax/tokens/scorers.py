@@ -166,24 +166,33 @@ def start_at_shares(params: Any, shares: Sequence[float] | Array) -> Any:
     return {**params, **scorers}
 
 
-def capacities(scores: Array | np.ndarray, keep: float) -> tuple[float, ...]:
-    """Spreads a keep rate over blocks: each computes as many patches as one threshold on all scores would give it.
+def capacities(scores: Blocks, keep: float) -> tuple[float, ...]:
+    """Spreads a keep rate over blocks: each computes as many patches as it has among the highest scores of all blocks.
+
+    Where the last ones chosen have equal scores, each block gets the same fraction of its patches with that score.
 
     Args:
-      scores: of calibration images (B, depth, patches), `Skipping.scores`.
-      keep: mean over blocks of the fraction of patches computed, in (0, 1].
+      scores: of calibration images, `Skipping.scores`.
+      keep: fraction of the patches of all blocks that is computed, in (0, 1]; of a ViT the mean over blocks.
 
     Returns:
-      `PatchSkip.capacity`, for each block at least one patch.
+      `PatchSkip.capacity` or `SwinPatchSkip.capacity`, for each block at least one patch.
+
+    Raises:
+      ValueError: a fraction outside (0, 1].
 
     Example:
       >>> capacities(jnp.array([[[1.0, 2.0, 3.0, 4.0], [4.5, 5.0, 6.0, 0.0]]]), 0.5)
       (0.25, 0.75)
     """
     state.check_fraction("keep", keep)
-    ranked = np.sort(np.asarray(scores), axis=None)
-    cut = ranked[len(ranked) - max(1, round(keep * len(ranked)))]
-    return tuple(np.maximum((np.asarray(scores) >= cut).mean(axis=(0, 2)), 1 / scores.shape[2]).tolist())
+    blocks = [np.asarray(x) for x in (scores if isinstance(scores, tuple) else np.moveaxis(np.asarray(scores), 1, 0))]
+    ranked = np.sort(np.concatenate([x.ravel() for x in blocks]))[::-1]
+    wanted = max(1, round(keep * len(ranked)))
+    cut = ranked[wanted - 1]
+    share = (wanted - (ranked > cut).sum()) / (ranked == cut).sum()  # of those with equal scores
+    fractions = [(x > cut).mean() + share * (x == cut).mean() for x in blocks]
+    return tuple(max(float(f), 1 / x.shape[1]) for f, x in zip(fractions, blocks, strict=True))
 
 
 def _each_block(measure: Callable[[Array, Array], Array], skipping: Skipping, cosine_threshold: float) -> Array:

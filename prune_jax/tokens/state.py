@@ -141,14 +141,25 @@ def hand_over(owner: Array, old: Array, new: Array) -> Array:
 
 
 def cosines(a: Array, b: Array) -> Array:
-    """Cosine of every token of one set with every token of another: (B, M, D), (B, T, D) -> (B, M, T), float32."""
+    """Cosine of every token of one set with every token of another: (B, M, D), (B, T, D) -> (B, M, T).
+
+    In float32 at least, whatever the tokens are in: similar tokens' cosines differ by less than bfloat16 resolves, and
+    the sum of squares overflows float16.
+    """
+    a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
     a, b = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6) for x in (a, b))
-    return jnp.einsum("bmd,btd->bmt", a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum("bmd,btd->bmt", a, b)
 
 
 def counts(fractions: Sequence[float], patches: int) -> tuple[int, ...]:
     """Fractions of the patches as whole numbers of them, at least one."""
     return tuple(max(1, round(fraction * patches)) for fraction in fractions)
+
+
+def check_decisions(name: str, decisions: Array, shape: tuple[int, ...], axes: str) -> None:
+    """Raises ValueError unless decisions have this shape, whose axes are called so."""
+    if jnp.shape(decisions) != shape:
+        raise ValueError(f"{name} must be {axes} = {shape}, got {jnp.shape(decisions)}")
 
 
 def check_fraction(name: str, value: float) -> None:

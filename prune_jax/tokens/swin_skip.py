@@ -105,7 +105,12 @@ class SwinPatchSkip(TokenMethod):
 
         Returns:
           As `trace`.
+
+        Raises:
+          ValueError: decisions for another number of blocks, or of another shape.
         """
+        if decisions is not None and len(decisions) != len(self.capacities):
+            raise ValueError(f"decisions must be a sequence of {len(self.capacities)}, got {len(decisions)}")
         return self._run(images, (None,) * len(self.capacities), decisions, train)
 
     def observe(self, images: Array) -> Observed:
@@ -159,7 +164,9 @@ class SwinPatchSkip(TokenMethod):
         if decision is None:
             now = keep_above(self._asked(i, block.norm1(x)), self.threshold)
         else:
-            now = decision.reshape(x.shape[:3])
+            shape = (x.shape[0], x.shape[1] * x.shape[2])
+            state.check_decisions(f"decisions[{i}]", decision, shape, "(images, patches)")
+            now = decision.reshape(x.shape[:3]).astype(bool)
         return jnp.where(now[..., None], block(x, train=train), x), now
 
     def _asked(self, i: int, normed: Array) -> Array:

@@ -79,6 +79,27 @@ def test_a_removed_token_with_a_huge_logit_leaves_no_nan():
     assert all(jnp.isfinite(g).all() for g in gradients)
 
 
+def test_pooling_an_image_that_has_lost_every_patch_has_a_bounded_gradient():
+    """One patch more is worth at most what that patch is, of no patches and of all."""
+    model = MODEL.clone(pool="mean")
+    variables = start(model)
+    tokens = np.random.default_rng(6).standard_normal((3, 6, 12)).astype(np.float32)
+    weights = np.array([[0] * 6, [1, 0, 2, 0, 0, 1], [0, 0.2, 0, 0, 0.1, 0]], np.float32)
+
+    def logits(weights):
+        return model.apply(variables, tokens, weights=weights, method="head")
+
+    normed = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    normed = normed * variables["params"]["norm"]["scale"] + variables["params"]["norm"]["bias"]
+    kernel, bias = (np.asarray(variables["params"]["class_head"][name]) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(logits(weights)[0], bias, atol=1e-6)
+    for image in (1, 2):
+        mean = np.average(normed[image], axis=0, weights=weights[image])
+        np.testing.assert_allclose(logits(weights)[image], mean @ kernel + bias, rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda w: logits(w)[0].sum())(weights)[0]
+    np.testing.assert_allclose(gradient, (normed[0] @ kernel).sum(-1), rtol=1e-3, atol=1e-4)
+
+
 def test_every_width_is_free():
     model = MODEL.clone(heads=(2, 4), qk_dim=(3, 5), v_dim=(7, 2), mlp_hidden=(9, 11), scale=0.5)
     params = start(model)["params"]

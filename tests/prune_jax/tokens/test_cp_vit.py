@@ -127,8 +127,19 @@ def test_least_heads_add_up_over_blocks():
     assert least_heads(heads, (0.2, 0.2, 0.0)) == ((0, 1, 2), (0, 1, 2), (0, 1))
     with pytest.raises(ValueError, match="heads must be as many in every block"):
         least_heads([jnp.ones(2), jnp.ones(3)], 0.1)
+    for ratios in (0.5, (1.0, 0.0, 0.0), (0.3, 0.3, 0.39999999)):
+        with pytest.raises(ValueError, match="sum to less than 1"):
+            least_heads(heads, ratios)
+    assert least_heads(heads, (0.3, 0.39, 0.3))[-1] == (0,)
+
+
+def test_ratios_that_are_one_but_for_rounding_are_refused():
+    assert sum((0.1,) * 10) < 1
     with pytest.raises(ValueError, match="sum to less than 1"):
-        least_heads(heads, 0.5)
+        least_heads([jnp.arange(4.0)] * 10, 0.1)
+    with pytest.raises(ValueError, match="sum to less than 1"):
+        CPViT(MODEL.clone(depth=10), 0.1)
+    assert CPViT(MODEL.clone(depth=10), 0.0999).tokens[-1] == 2
 
 
 def test_bad_calibrations_are_named():
@@ -140,5 +151,9 @@ def test_bad_calibrations_are_named():
         cut_heads(MODEL, VARIABLES, ((0,), (), (1,)))
     with pytest.raises(ValueError, match=r"kept\[0\] must name one or more of 3 heads, got \(3,\)"):
         cut_heads(MODEL, VARIABLES, ((3,), (0,), (1,)))
+    with pytest.raises(ValueError, match=r"kept\[1\] must name each head once, got \(1, 1\)"):
+        cut_heads(MODEL, VARIABLES, ((0,), (1, 1), (1,)))
+    with pytest.raises(ValueError, match=r"kept\[0\] must name one or more of 3 heads, got \(True, False\)"):
+        cut_heads(MODEL, VARIABLES, ((True, False), (0,), (1,)))
     with pytest.raises(ValueError, match="kept must list the heads of 3 blocks, got 1"):
         cut_heads(MODEL, VARIABLES, ((0,),))

@@ -29,6 +29,17 @@ def test_masked_and_gathered_agree_on_the_same_decisions(merge, pool):
     np.testing.assert_array_equal(masked.decisions, masks)
 
 
+def test_what_a_stage_has_dropped_no_later_one_brings_back():
+    """M <- M * M_c."""
+    method = DynamicViT(MODEL, (0, 2), 0.5)
+    drawn = np.random.default_rng(0).random((2, 2, 16)) < 0.6
+    nested = drawn.cumprod(axis=1).astype(bool)
+    assert (drawn != nested).any()
+    outputs = [run(method, wrapped(method), IMAGES, decisions=d, method="masked") for d in (drawn, nested)]
+    np.testing.assert_array_equal(outputs[0].decisions, nested)
+    np.testing.assert_array_equal(outputs[0].logits, outputs[1].logits)
+
+
 def test_the_predictor_sees_only_what_is_left():
     """Its masked form on all tokens is its plain form on the kept ones: equations 13 to 17."""
     predictor = Predictor(4)

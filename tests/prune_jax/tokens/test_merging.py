@@ -1,5 +1,6 @@
 """ToMe against a loop over pairs, and proportional attention against tokens written out."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from token_models import IMAGES, MODEL, VARIABLES, run
 
 from prune_jax.tokens import ToMe, merge_counts
 from prune_jax.tokens.merging import match_and_merge
-from prune_jax.tokens.state import Tokens
+from prune_jax.tokens.state import Tokens, cosines
 
 WRAPPED = {"params": {"model": VARIABLES["params"]}}
 
@@ -39,6 +40,24 @@ def test_matching_is_the_loop_over_pairs():
         np.testing.assert_allclose(merged.size[image], [s for _, _, s in expected])
         for members, _, _ in expected:
             assert set(merged.owner[image][np.array(members)].tolist()) == {members[0]}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_partners_in_half_precision_are_those_of_the_same_keys_in_float64(dtype, jit):
+    rng = np.random.default_rng(0)
+    keys = jnp.asarray(rng.standard_normal(64) + 0.2 * rng.standard_normal((4, 100, 64)), dtype)
+    a, b = (np.asarray(part).astype(float) for part in (keys[:, ::2], keys[:, 1::2]))
+    a, b = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (a, b))
+    found = (jax.jit(cosines) if jit else cosines)(keys[:, ::2], keys[:, 1::2])
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, a @ b.swapaxes(1, 2), atol=1e-5)
+    np.testing.assert_array_equal(found.argmax(-1), (a @ b.swapaxes(1, 2)).argmax(-1))
+
+
+def test_the_cosines_of_large_tokens_do_not_overflow():
+    large = jnp.full((1, 2, 768), 20.0, jnp.float16)
+    np.testing.assert_allclose(cosines(large, large), np.ones((1, 2, 2)), rtol=1e-5)
 
 
 def test_proportional_attention_counts_a_token_once_for_each_patch():

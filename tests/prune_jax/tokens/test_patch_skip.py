@@ -12,6 +12,7 @@ from prune_jax.tokens import (
     PatchSkip,
     Skipping,
     balanced_skip_accuracy,
+    capacities,
     keep_share,
     skip_accuracy,
     skip_loss,
@@ -144,6 +145,34 @@ def test_balanced_accuracy_and_shares_count_each_kind_by_itself():
     for measure in (balanced_skip_accuracy, skip_accuracy, skip_loss):
         np.testing.assert_allclose(measure(apart, 0.6), measure(seen, 0.6), rtol=1e-5)
     np.testing.assert_allclose(keep_share(apart.similarity, 0.6), keep_share(seen.similarity, 0.6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("levels", [1, 2, 5, 1000])
+def test_capacities_choose_as_many_patches_as_asked_however_many_scores_are_equal(levels, keep):
+    rng = np.random.default_rng(levels)
+    scores = np.floor(levels * rng.random((4, 3, 50))) + 0.3 * np.arange(3)[:, None] * (levels > 5)
+    found = np.array(capacities(scores, keep))
+    assert found.mean() == pytest.approx(round(keep * 600) / 600)
+    # the expectation where equal scores are ranked at random
+    order = np.argsort(-(scores + 1e-3 * rng.random((200, *scores.shape))).reshape(200, -1), axis=1)
+    block = np.broadcast_to(np.arange(3)[:, None], scores.shape).ravel()
+    drawn = [(block[order[:, : round(keep * 600)]] == b).sum() / (200 * 200) for b in range(3)]
+    np.testing.assert_allclose(found, drawn, atol=0.01)
+
+
+def test_capacities_of_equal_scores_still_save():
+    assert capacities(jnp.zeros((4, 2, 16)), 0.1) == pytest.approx((13 / 128, 13 / 128))
+
+
+def test_capacities_of_a_swin_take_its_tuples():
+    first, second = np.array([[8.0, 7, 6, 1, 0, 0, 0, 0]] * 2), np.array([[5.0, 4], [-1, -1]])
+    # 10 of 20: six of the first block above 5, two of the second, then the first block's ones
+    assert capacities((first, second), 0.5) == pytest.approx((8 / 16, 2 / 4))
+    assert capacities((jnp.asarray(first), jnp.asarray(second)), 0.3) == pytest.approx((6 / 16, 1 / 2))  # at least one
+    rng = np.random.default_rng(1)
+    scores = rng.standard_normal((4, 3, 16))
+    assert capacities(tuple(scores.swapaxes(0, 1)), 0.4) == capacities(scores, 0.4)
 
 
 def test_training_starts_at_the_commoner_answer():

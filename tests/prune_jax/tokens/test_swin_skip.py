@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from token_models import compiled, run, start
+from token_models import counted, run, start
 
 from prune_jax import flops
 from prune_jax.models import Swin
@@ -28,6 +28,19 @@ def test_at_full_capacity_it_is_dense_exactly():
     assert flops(method.apply, small, WIDE) == flops(SWIN.apply, variables, WIDE)
 
 
+@pytest.mark.slow
+def test_bfloat16():
+    """At full capacity dense exactly; masked and gathered agree within what bfloat16 resolves."""
+    low, variables = SWIN.clone(compute_dtype=jnp.bfloat16), start(SOME, WIDE)
+    dense = run(low, {"params": variables["params"]["model"]}, WIDE)
+    np.testing.assert_array_equal(run(SwinPatchSkip(low, 1.0, image_size=SIZE), variables, WIDE), dense)
+    method = SOME.clone(model=low)
+    trace = run(method, variables, WIDE, method="trace")
+    masked = run(method, variables, WIDE, decisions=trace.kept, method="masked").logits
+    np.testing.assert_allclose(masked, trace.logits, atol=0.02 * np.abs(trace.logits).max())
+    assert np.abs(dense - trace.logits).max() > 0.1 * np.abs(trace.logits).max()
+
+
 def test_masked_and_gathered_agree_on_the_same_decisions():
     variables = start(SOME, WIDE)
     trace = run(SOME, variables, WIDE, method="trace")
@@ -38,18 +51,24 @@ def test_masked_and_gathered_agree_on_the_same_decisions():
     assert not all(kept.all() for kept in trace.kept)
 
 
-def test_tokens_are_those_counted_and_no_batch_compiles_again():
+def test_tokens_are_those_counted_and_one_program_serves_all_batches():
     """A window of 16 of 9 x 6 patches computes 8, then 4; in the second stage one of 12 of 5 x 3 computes 6."""
     variables = start(SOME, WIDE)
-    traces = [run(SOME, variables, images, method="trace") for images in (WIDE, 2 * WIDE[::-1])]
-    assert compiled(SOME, "trace")._cache_size() == 1
+    forward, traced = counted(SOME, "trace")
+    traces = [forward(variables, images) for images in (WIDE, WIDE[::-1], 2 * WIDE[::-1])]
+    assert len(traced) == 1
+    np.testing.assert_allclose(traces[1].logits, traces[0].logits[::-1], atol=1e-5)
+    for now, swapped, other in zip(*[trace.kept for trace in traces], strict=True):
+        np.testing.assert_array_equal(swapped, now[::-1])
+        assert not np.array_equal(now, swapped)
+        assert not np.array_equal(other, swapped)
+    assert np.abs(traces[2].logits - traces[1].logits).max() > 1e-3
     assert SOME.tokens == (6 * 8, 6 * 4, 2 * 6)
     assert SwinPatchSkip(SWIN, image_size=SIZE).tokens == (54, 54, 15)
     square = SwinPatchSkip(SWIN, (0.5, 0.25, 0.5), image_size=(32, 32))  # no padding: what is computed is kept
     images = np.random.default_rng(5).standard_normal((2, 32, 32, 3)).astype(np.float32)
     kept = run(square, variables, images, method="trace").kept
     assert [now.sum(-1).tolist() for now in kept] == [[n, n] for n in square.tokens]
-    assert not np.array_equal(traces[0].kept[0], traces[1].kept[0])
 
 
 def test_scorers_decide_in_threshold_mode_and_can_be_trained():
@@ -97,6 +116,18 @@ def test_it_is_wrapped_and_timed_like_any_other():
     assert costs.tokens == SOME.tokens
     assert costs.flops < costs.dense_flops
     assert set(costs.latency) == {1}
+
+
+def test_decisions_of_another_shape_are_named():
+    variables = start(SOME, WIDE)
+    right = [jnp.ones((2, n), bool) for n in (54, 54, 15)]
+    for decisions, message in (
+        (right[:2], "decisions must be a sequence of 3, got 2"),
+        (right[:1] * 3, r"decisions\[2\] must be \(images, patches\) = \(2, 15\), got \(2, 54\)"),
+        ([right[0][:1], *right[1:]], r"decisions\[0\] must be \(images, patches\) = \(2, 54\), got \(1, 54\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda v, d=decisions: SOME.apply(v, WIDE, decisions=d, method="masked"), variables)
 
 
 def test_bad_arguments_are_named():

@@ -58,6 +58,17 @@ def run(module, variables, *args, method="__call__", **arrays):
     return compiled(module, method)(variables, *args, **arrays)
 
 
+def counted(module, method):
+    """The jitted method as `run` calls it, and a list that gets longer each time it is traced."""
+    traced = []
+
+    def call(variables, images):
+        traced.append(images.shape)
+        return module.apply(variables, images, method=method)
+
+    return jax.jit(call), traced
+
+
 def shuffle(images, order, patch=4):
     """Images whose patches are in another order."""
     b, h, w, c = images.shape
@@ -75,6 +86,7 @@ def without_positions(variables):
 
 
 VARIABLES = start(MODEL)
+LOW = MODEL.clone(compute_dtype=jnp.bfloat16)
 
 
 def wrapped(method):
