@@ -192,10 +192,7 @@ def panels(
         _dress(axis, panel, x_label, size=9)
     axes[0].set_ylabel(y_label, color=INK)
     if log_y:
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].yaxis.set_minor_formatter("")
+        _log(axes[0])
     if y_limits != (None, None):
         axes[0].set_ylim(*y_limits)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
@@ -304,7 +301,7 @@ def bands(
       share_y: one y axis for all panels.
       caption: below all.
     """
-    width = max(7.6, 1.8 + 2.2 * len(panels))
+    width = max(7.6, 1.8 + (2.2 if share_y else 2.8) * len(panels))
     figure = Figure(figsize=(width, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=share_y, squeeze=False)[0]
     for axis, (panel, series) in zip(axes, panels.items(), strict=True):
@@ -312,8 +309,8 @@ def bands(
             axis.fill_between(x, low, high, color=colour, alpha=0.35, linewidth=0, label=name)
             axis.plot(x, low, color=colour, linewidth=0.9)
             axis.plot(x, high, color=colour, linewidth=0.9)
-        if log:
-            axis.set_yscale("log")
+        if log and (axis is axes[0] or not share_y):
+            _log(axis)
         _dress(axis, panel, size=9)
     axes[0].set_ylabel(y_label, color=INK)
     handles, names = axes[0].get_legend_handles_labels()
@@ -322,6 +319,14 @@ def bands(
     figure.supxlabel(x_label + (f"\n\n{wrapped}" if caption else ""), fontsize=8, color=INK)
     figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     save(figure, path)
+
+
+def _log(axis: Axes) -> None:
+    """A logarithmic y axis with plain numbers, few enough to read."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5), numticks=9))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
 
 
 def _dress(axis: Axes, title: str, x_label: str = "", y_label: str = "", *, size: float = 10) -> None:

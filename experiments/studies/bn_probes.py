@@ -30,8 +30,8 @@ NETS = {"plain": "without BN", "bn": "with BN"}
 # Of the last layer, as the reports have it; `path_change` says what they are.
 ENVELOPES = {
     "loss": "training loss",
-    "gradient_change": "change of the last layer's gradient",
-    "path_beta": "the same over the change of its weights",
+    "gradient_change": "last layer: change of the gradient",
+    "path_beta": "the same per change of the weights",
 }
 
 

@@ -135,8 +135,8 @@ PRESETS = {
     "vgg-a-cpu": Preset(
         replace(_CPU_SHORT, network="vgg-a-quarter", base_epochs=3.0),
         "VGG-A of a quarter of the channels on CIFAR-10, trained here for 3 epochs first",
-        "15 min on one CPU core (not run here)",
-        "what recovery and a quarter of an epoch give back to a VGG",
+        "16 min on one core of a busy machine",
+        "half of the units gone for 53 points at once, 2.3 recovered, 1.3 after a quarter of an epoch",
     ),
     "resnet20": Preset(
         replace(_GPU, network="resnet20", batch_size=128, epochs=5.0),

@@ -131,7 +131,12 @@ def test_nothing_dropped_is_the_dense_model_exactly_in_bfloat16(method):
     assert np.abs(logits - run(MODEL, VARIABLES, IMAGES)).max() > 1e-4  # it is in bfloat16
 
 
-@pytest.mark.parametrize("method", [m for m in SPARSE if getattr(m, "capacity", m.tokens) and hasattr(m, "masked")])
+# Not those that merge: of two partners that are equally near in bfloat16, each form may take another.
+@pytest.mark.parametrize(
+    "method",
+    [m for m in SPARSE if getattr(m, "capacity", m.tokens) and hasattr(m, "masked") and not getattr(m, "merge", False)],
+    ids=name,
+)
 def test_masked_and_gathered_agree_in_bfloat16(method):
     """Within what bfloat16 resolves, far less than what the decisions change."""
     method = method.clone(model=LOW.clone(pool="mean"))  # logits that every patch has a part in
