@@ -89,8 +89,8 @@ class Attention(nn.Module):
           k: keys (B, heads, M, qk_dim).
           bias: (W, heads, N, M), added to the logits; W divides B, entry i goes to sequences i, i + W, i + 2 W, ...
           weights: non-negative factors on the exponentials, before they are normalised; any shape that broadcasts to
-            (B, heads, N, M) by axes of size one. Zero removes a key (DynamicViT's policy), the number of patches a
-            token stands for is ToMe's proportional attention. Each query needs one positive weight.
+            (B, heads, N, M) by axes of size one. Zero removes a key (DynamicViT's policy) that is not NaN, the number
+            of patches a token stands for is ToMe's proportional attention. Each query needs one positive weight.
 
         Returns:
           (B, heads, N, M); rows sum to 1.

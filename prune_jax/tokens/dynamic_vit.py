@@ -204,9 +204,13 @@ class DynamicViT(TokenMethod):
                     now = mask * gumbel_keep(self.make_rng("gumbel"), scores, self.temperature)
                 else:
                     now = mask * decisions[:, stage].astype(jnp.float32)
+                patches = x[:, prefix:]
                 if self.merge:
-                    merged, size = merge_masked(x[:, prefix:], size, mask, now)
-                    x = jnp.concatenate([x[:, :prefix], merged], axis=1)
+                    patches, size = merge_masked(patches, size, mask, now)
+                # a dropped token's weight is 0, and 0 times infinity or NaN would reach the others; finite tokens stay,
+                # as the gradient of a weight that is 0 is made of them
+                patches = jnp.where((now > 0)[..., None] | jnp.isfinite(patches), patches, 0)
+                x = jnp.concatenate([x[:, :prefix], patches], axis=1)
                 mask = now
                 masks.append(mask)
                 weights = policy(mask, size, prefix)

@@ -121,15 +121,33 @@ def test_the_dense_model_as_its_own_student_has_nothing_to_learn():
     assert parts["tokens"] == pytest.approx(0, abs=1e-5)
 
 
-def test_what_is_dropped_cannot_matter():
-    """NaN in a patch that is dropped before the first block reaches nothing."""
-    method = DynamicViT(MODEL, (0,), 0.5)
-    variables = wrapped(method)
-    dropped = ~np.asarray(decided(method, variables)[:, 0])
+@pytest.mark.parametrize("pool", ["token", "mean"])
+@pytest.mark.parametrize("factor", [-0.5, np.nan, np.inf])
+def test_what_is_dropped_cannot_matter(factor, pool):
+    """Other values, NaN or infinity in patches that are dropped before the first block reach nothing."""
+    method = DynamicViT(MODEL.clone(pool=pool), (0, 2), 0.5)
+    variables = start(method)
+    masks = decided(method, variables)
     changed = np.array(IMAGES)
-    for image, patch in zip(*np.nonzero(dropped), strict=True):
+    for image, patch in zip(*np.nonzero(~np.asarray(masks[:, 0])), strict=True):
         i, j = divmod(patch, 4)
-        changed[image, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4] *= -0.5
-    masks = jnp.asarray(~dropped)[:, None]
-    masked = [method.apply(variables, images, decisions=masks, method="masked").logits for images in (IMAGES, changed)]
-    np.testing.assert_allclose(*masked, atol=1e-5)
+        changed[image, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4] *= factor
+    outputs = [run(method, variables, images, decisions=masks, method="masked") for images in (IMAGES, changed)]
+    np.testing.assert_allclose(outputs[1].logits, outputs[0].logits, atol=1e-5)
+    kept = np.asarray(masks[:, -1])
+    np.testing.assert_allclose(outputs[1].patches[kept], outputs[0].patches[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_the_gradient_of_a_dropped_patch_is_what_keeping_it_would_change(pool):
+    method = DynamicViT(MODEL.clone(pool=pool), (2,), 0.5)
+    variables, masks = start(method), jnp.asarray(np.random.default_rng(0).random((2, 1, 16)) < 0.5, jnp.float32)
+
+    def loss(decisions):
+        return run(method, variables, IMAGES, decisions=decisions, method="masked").logits[0].sum()
+
+    gradient = jax.grad(loss)(masks)[0, 0]
+    for patch in np.flatnonzero(masks[0, 0] == 0)[:3]:
+        step = float(loss(masks.at[0, 0, patch].set(0.02)) - loss(masks)) / 0.02
+        assert gradient[patch] == pytest.approx(step, rel=0.1, abs=1e-3)
+        assert abs(gradient[patch]) > 1e-4
