@@ -119,7 +119,8 @@ def _draw_pruning(path: Path, result: dict[str, Any], title: str) -> None:
         marks[group] = {}
         for comparison in result["comparisons"]:
             if comparison.get("cut") == group:
-                x, y = marks[group].setdefault(comparison["legend"], ([], []))
+                name = f"report {comparison['report']}, DessiLBI{comparison.get('caveat', '')}"
+                x, y = marks[group].setdefault(name, ([], []))
                 x.append(comparison["percent"])
                 y.append(100 - comparison["published"])
     plots.panels(

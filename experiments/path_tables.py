@@ -137,7 +137,7 @@ def compare_cuts(
             note=note,
             cut=group,
             percent=100 * fraction,
-            legend=f"report {report}, DessiLBI{caveat}",
+            caveat=caveat,
         )
         for i, fraction in enumerate(config.fractions)
         if group in config.prune and round(100 * fraction) in rows

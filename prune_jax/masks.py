@@ -36,8 +36,8 @@ def make_masks(
     """Masks that cut the lowest scores.
 
     In each group of N scores exactly ``floor(sparsity * N)`` of the smallest are cut, as the decimals are written: 0.29
-    of 100 are 29, though the product of the floats is below that. Among equal scores the earlier
-    ones in the tree are cut first, so the result is deterministic.
+    of 100 are 29, though the product of the floats is below that. Among equal scores the earlier ones in the tree are
+    cut first, so the result is deterministic.
 
     Args:
         scores: pytree of floating-point scores, larger = keep; None where a leaf is not to be pruned.
@@ -167,9 +167,9 @@ def sparsity(masks: PyTree) -> float | jax.Array:
         >>> sparsity({"w": jnp.array([True, False, False, False]), "bias": None})
         0.75
     """
-    check_bool(masks)
     leaves = jax.tree.leaves(masks)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        check_bool(masks)
         cut = sum(jnp.sum(~leaf, dtype=jnp.float32) for leaf in leaves)
         return cut / sum(leaf.size for leaf in leaves)
     statistics = layer_statistics(masks).values()

@@ -95,7 +95,8 @@ def widen(tree: PyTree) -> PyTree:
 
     def wide(leaf: Any) -> Any:
         dtype = jnp.result_type(leaf)
-        return jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32)) if _is_half(dtype) else leaf
+        half = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+        return jnp.asarray(leaf, jnp.float32) if half else leaf
 
     return jax.tree.map(wide, tree)
 
@@ -138,10 +139,6 @@ def check_count(name: str, value: Any, least: int) -> int:
     if number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
-
-
-def _is_half(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
 def _check_same_paths(masks: PyTree, tree: PyTree, name: str) -> None:

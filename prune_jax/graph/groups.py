@@ -74,12 +74,6 @@ class Groups:
             out.setdefault(group.tie, []).append(group)
         return out
 
-    def axis_elements(self, path: str, axis: int) -> np.ndarray:
-        """The elements along an axis of a parameter, before any were found to be the same."""
-        label = next(leaf.labels[axis] for leaf in self.program.leaves if leaf.name == path)
-        assert isinstance(label, np.ndarray)
-        return label
-
     def __str__(self) -> str:
         return describe(self)
 

@@ -83,6 +83,13 @@ def settle(elements: Elements, labels: list[Label], axis: int) -> None:
     labels[axis] = None
 
 
+def mix(elements: Elements, labels: list[Label], axis: int) -> list[Label]:
+    """Labels past an operation that mixes all positions of an axis: it must not change, and no other depends on it."""
+    labels = list(labels)
+    settle(elements, labels, axis)
+    return [elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+
+
 def concrete(elements: Elements, labels: list[Label], axis: int, shape: tuple) -> np.ndarray | None:
     """The axis' elements as an array, made anew where the axis is free."""
     label = labels[axis]

@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut, take
-from prune_jax.graph.labels import Label, concrete, place, settle, unify
+from prune_jax.graph.labels import Label, concrete, mix, place, settle, unify
 from prune_jax.graph.rules_index import pick
 from prune_jax.graph.rules_shape import drop, labelled
 from prune_jax.graph.walk import Run, Value, Walk, shape_of
@@ -153,8 +153,7 @@ def dynamic_slice(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Val
             continue
         known = ins[1 + d].known() if labels[d] is not None else None
         if known is None:
-            settle(walk.elements, labels, d)
-            labels = [walk.elements.collapse(x, (d,)) if isinstance(x, np.ndarray) else x for x in labels]
+            labels = mix(walk.elements, labels, d)
         else:
             start = int(np.clip(known, 0, n - sizes[d]))
             before = list(labels)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut
-from prune_jax.graph.labels import Free, Label, is_number, settle, static, unify
+from prune_jax.graph.labels import Free, Label, is_number, mix, settle, static, unify
 from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
 
 ELEMENTWISE = """
@@ -197,27 +197,22 @@ def sort(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run 
     labels = ins[0].labels
     for v in ins[1:]:
         labels = unify(walk.elements, labels, v.labels, v.shape)
-    labels = list(labels)
-    settle(walk.elements, labels, axis)
-    labels = [walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+    labels = mix(walk.elements, labels, axis)
     return [Value(o.aval, labels) for o in eqn.outvars], None
 
 
 def top_k(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """The largest along the last axis, which must not change."""
-    labels = list(ins[0].labels)
-    axis = eqn.params.get("axis", -1) % len(labels)
-    settle(walk.elements, labels, axis)
-    labels = [walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+    axis = eqn.params.get("axis", -1) % len(ins[0].labels)
+    labels = mix(walk.elements, ins[0].labels, axis)
     return [Value(o.aval, labels) for o in eqn.outvars], None
 
 
 def fft(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """The last axes are transformed, each of its frequencies from all positions: they must not change."""
-    labels = list(ins[0].labels)
+    labels = ins[0].labels
     for axis in range(len(labels) - len(eqn.params["fft_lengths"]), len(labels)):
-        settle(walk.elements, labels, axis)
-        labels = [walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) else x for x in labels]
+        labels = mix(walk.elements, labels, axis)
     return labelled(eqn, labels), None
 
 
@@ -249,8 +244,7 @@ def reduce_window(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Val
     for d in range(len(labels)):
         trivial = p["window_dimensions"][d] == 1 and p["window_strides"][d] == 1 and tuple(p["padding"][d]) == (0, 0)
         if not trivial or p["base_dilation"][d] != 1:
-            settle(walk.elements, labels, d)
-            labels = [walk.elements.collapse(x, (d,)) if isinstance(x, np.ndarray) else x for x in labels]
+            labels = mix(walk.elements, labels, d)
     return labelled(eqn, labels), None
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from prune_jax.tree import widen
+
 NOBODY = -1  # owner of a patch that no token carries
 
 
@@ -146,8 +148,7 @@ def cosines(a: Array, b: Array) -> Array:
     In float32 at least, whatever the tokens are in: similar tokens' cosines differ by less than bfloat16 resolves, and
     the sum of squares overflows float16.
     """
-    a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
-    a, b = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6) for x in (a, b))
+    a, b = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6) for x in widen((a, b)))
     return jnp.einsum("bmd,btd->bmt", a, b)
 
 
