@@ -309,9 +309,9 @@ def bands(
             axis.fill_between(x, low, high, color=colour, alpha=0.35, linewidth=0, label=name)
             axis.plot(x, low, color=colour, linewidth=0.9)
             axis.plot(x, high, color=colour, linewidth=0.9)
-        if log and (axis is axes[0] or not share_y):
-            _log(axis)
         _dress(axis, panel, size=9)
+    for axis in (axes[:1] if share_y else axes) if log else ():
+        _log(axis)
     axes[0].set_ylabel(y_label, color=INK)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
@@ -322,9 +322,12 @@ def bands(
 
 
 def _log(axis: Axes) -> None:
-    """A logarithmic y axis with plain numbers, few enough to read."""
+    """A logarithmic y axis with plain numbers, few enough to read; after all is drawn, as its range decides."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5), numticks=9))
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    steps = (1, 1.5, 2, 3, 5) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
 
