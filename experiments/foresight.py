@@ -111,25 +111,25 @@ def scorer(initial: Initial, method: Method) -> Callable[[PyTree], PyTree]:
     return found[method]
 
 
-def spectrum(initial: Initial, masks: PyTree, examples: int, *, chunk: int = 8) -> np.ndarray:
+def spectrum(initial: Initial, masks: PyTree, examples: int, *, frozen: bool = False, chunk: int = 8) -> np.ndarray:
     """Eigenvalues of the neural tangent kernel of what is left of a network, largest first: (examples * classes,).
-
-    Normalisation is by the statistics of all the network's examples in what is left.
 
     Args:
       initial: the network.
       masks: what is left.
       examples: how many of its examples the kernel is of.
+      frozen: normalise by the statistics that all the network's examples have in the whole network, as the paths that
+        PX sums do at first; else by those in what is left, as training does, which magnifies what is nearly dead.
       chunk: examples at a time.
     """
 
     @jax.jit
-    def eigenvalues(params: PyTree, inputs: Array) -> Array:
-        stats = initial.statistics(params)
+    def eigenvalues(masked: PyTree, whole: PyTree, inputs: Array) -> Array:
+        stats = initial.statistics(whole if frozen else masked)
         # A cut weight does not move: its derivative is zero through the masks.
-        return ntk_spectrum(lambda p, x: initial.logits(apply_masks(p, masks), x, stats), params, inputs, chunk=chunk)
+        return ntk_spectrum(lambda p, x: initial.logits(apply_masks(p, masks), x, stats), masked, inputs, chunk=chunk)
 
-    return np.asarray(eigenvalues(apply_masks(initial.params, masks), initial.inputs[:examples]))
+    return np.asarray(eigenvalues(apply_masks(initial.params, masks), initial.params, initial.inputs[:examples]))
 
 
 def kept_masks(path: Path, params: PyTree, make: Callable[[], PyTree]) -> PyTree:

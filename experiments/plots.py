@@ -156,6 +156,7 @@ def panels(
     y_label: str,
     y_limits: tuple[float | None, float | None] = (None, None),
     band_limits: tuple[float, float] = (-np.inf, np.inf),
+    log_x: bool = False,
     log_y: bool = False,
     marks: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
 ) -> None:
@@ -169,6 +170,7 @@ def panels(
       y_label: with unit.
       y_limits: bottom and top, None where the data decide.
       band_limits: what y can be at all; bands end there.
+      log_x: logarithmic x axis.
       log_y: logarithmic y axis.
       marks: panel -> name -> x and y of single points, such as published numbers; in grey.
     """
@@ -191,6 +193,8 @@ def panels(
             (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=MUTED, markersize=5)
         _dress(axis, panel, x_label, size=9)
     axes[0].set_ylabel(y_label, color=INK)
+    if log_x:
+        axes[0].set_xscale("log")
     if log_y:
         _log(axes[0])
     if y_limits != (None, None):

@@ -28,7 +28,7 @@ def l1_penalty(strength: Strength, *, prunable: Prunable | None = None) -> optax
 
     Args:
         strength: lambda >= 0, or a schedule of it by step.
-        prunable: which leaves are penalised, ``(path, leaf) -> bool``; None = kernels (two or more axes).
+        prunable: which leaves are penalised, ``(path, leaf) -> bool``; None = ``is_kernel``.
 
     Returns:
         A transform whose ``update`` needs ``params``; gradients keep their dtype.
@@ -65,7 +65,7 @@ def l1_proximal(
     Args:
         strength: lambda >= 0, or a schedule of it by step.
         learning_rate: the base optimizer's, a number or a schedule by step.
-        prunable: which leaves are penalised, ``(path, leaf) -> bool``; None = kernels (two or more axes).
+        prunable: which leaves are penalised, ``(path, leaf) -> bool``; None = ``is_kernel``.
 
     Returns:
         A transform whose ``update`` needs ``params``; updates have the parameters' dtype, which they are ready for.

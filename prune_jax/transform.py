@@ -139,7 +139,7 @@ def gradual_pruning(
             those where it is not finite).
         scope: as in ``make_masks``.
         exclude: as in ``make_masks``.
-        prunable: which leaves are pruned, ``(path, leaf) -> bool``; None = kernels (two or more axes).
+        prunable: which leaves are pruned, ``(path, leaf) -> bool``; None = ``is_kernel``.
 
     Returns:
         A transform whose ``update`` needs ``params``, and whose updates have their dtype. Its state holds the masks:

@@ -20,18 +20,26 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+# How Flax, Haiku, Equinox, timm and the models here name parameters that add or look up instead of multiplying. They
+# have two axes where layers are stacked (nn.scan), as the biases of Flax's attention, (heads, features), always have.
+_NOT_A_KERNEL = re.compile(r"(^|_)(bias|scale|offset|embedding|embeddings|embed|token|tokens|bias_table)$")
+
+
 def is_kernel(path: str, leaf: jax.Array) -> bool:
-    """Whether a leaf is a weight kernel: two or more axes. Biases and norm parameters have one.
+    """Whether a leaf is a weight kernel: two or more axes, and not named as a bias, scale, embedding or token is.
 
     Args:
-        path: the leaf's path, such as ``Dense_0/kernel``; not looked at here.
+        path: the leaf's path, such as ``Dense_0/kernel``; its last name counts (in NNX the one before ``value``).
         leaf: the parameter.
 
     Returns:
-        True for matrices, convolution kernels and embeddings.
+        True for the matrices of dense and the kernels of convolution layers, under whatever name. False for one axis;
+        for ``query/bias`` of Flax's attention, with its two axes, and the stacked biases and scales of ``nn.scan``;
+        for ``nn.Embed``'s ``embedding``; for ``class_token``, ``position_embedding``, ``pos_embed``, ``cls_token``,
+        ``relative_position_bias_table`` and the like. Where these are to be pruned too, give a ``prunable`` of your
+        own, such as ``lambda path, leaf: leaf.ndim >= 2``.
     """
-    del path
-    return jnp.ndim(leaf) >= 2
+    return jnp.ndim(leaf) >= 2 and not _NOT_A_KERNEL.search(path.removesuffix("/value").rpartition("/")[2])
 
 
 def select(params: PyTree, prunable: Prunable) -> PyTree:

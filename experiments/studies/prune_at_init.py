@@ -26,6 +26,7 @@ from experiments.studies.prune_at_init_presets import Config
 from prune_jax import apply_masks, keep_masks, layer_statistics
 
 SUMMARY = "Prune ResNet-20 and VGG before training by six criteria: layers kept, tangent kernel, accuracy"
+NORMALISED = {"frozen": "by the whole network's statistics", "own": "by its own"}  # the kernel's network
 FIGURES = ["accuracy.png", "collapse.png", "layers.png", "spectrum.png"]
 
 
@@ -70,7 +71,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             "pruning_seconds": seconds,
         }
         if sparsity in (config.spectrum, 0.0):
-            record["spectrum"] = [float(f"{x:.5g}") for x in foresight.spectrum(initial, masks, config.ntk_images)]
+            for name in NORMALISED:
+                eigenvalues = foresight.spectrum(initial, masks, config.ntk_images, frozen=name == "frozen")
+                record[f"spectrum_{name}"] = [float(f"{x:.5g}") for x in eigenvalues]
         if sparsity in (*config.trained, 0.0):
             state, times = _train(config, own, initial, masks, prepare, train, validation, mesh)
             found = classification.measure(model, state.variables, test.images, test.labels, prepare, mesh)
@@ -172,7 +175,11 @@ def empty(record: dict[str, Any]) -> int:
 
 def _content(config: Config, records: list[dict[str, Any]]) -> dict[str, Any]:
     dense = records[0]
-    trace = sum(dense["spectrum"])
+
+    def trace(record: dict[str, Any], name: str) -> float | None:
+        spectrum = f"spectrum_{name}"
+        return round(100 * sum(record[spectrum]) / sum(dense[spectrum]), 1) if spectrum in record else None
+
     rows = []
     for record in records:
         accuracy = record.get("test_accuracy")
@@ -185,7 +192,7 @@ def _content(config: Config, records: list[dict[str, Any]]) -> dict[str, Any]:
                 None if accuracy is None else round(100 * accuracy, 2),
                 empty(record),
                 f"{layers[least]} in {least}",
-                round(100 * sum(record["spectrum"]) / trace, 1) if "spectrum" in record else None,
+                *(trace(record, name) for name in NORMALISED),
                 round(record["pruning_seconds"], 1),
             ]
         )
@@ -210,7 +217,7 @@ def _content(config: Config, records: list[dict[str, Any]]) -> dict[str, Any]:
                 "test accuracy, %",
                 "layers without a weight",
                 "fewest weights in a layer",
-                "trace of the NTK, % of dense",
+                *(f"trace of the NTK, % of dense, normalised {title}" for title in NORMALISED.values()),
                 "pruning, s",
             ],
             "rows": rows,
@@ -264,12 +271,10 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         x_label="criterion",
         log=True,
     )
-    spectra = {TITLES[r["method"]]: r["spectrum"] for r in [*shown.values(), records[0]]}
-    floor = 1e-7 * max(spectra["dense"])  # float32 knows no smaller share of the largest
-    plots.curves(
+    plots.panels(
         {
-            name: (range(1, len(values) + 1), [value if value > floor else np.nan for value in values])
-            for name, values in spectra.items()
+            f"normalised {normalised}": _spectra([*shown.values(), records[0]], f"spectrum_{name}")
+            for name, normalised in NORMALISED.items()
         },
         directory / "spectrum.png",
         title=f"{title}: tangent kernel before training, {100 * config['spectrum']:g} % removed",
@@ -277,8 +282,19 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         y_label="eigenvalue",
         log_x=True,
         log_y=True,
-        last=False,
     )
+
+
+def _spectra(records: list[dict[str, Any]], name: str) -> dict[str, tuple[range, list[float]]]:
+    """Title -> ranks and eigenvalues; float32 knows no smaller share of the dense network's largest."""
+    floor = 1e-7 * max(records[-1][name])
+    return {
+        TITLES[record["method"]]: (
+            range(1, len(record[name]) + 1),
+            [value if value > floor else np.nan for value in record[name]],
+        )
+        for record in records
+    }
 
 
 def _in_order(layers: list[str]) -> list[str]:

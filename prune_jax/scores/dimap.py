@@ -22,7 +22,7 @@ def dimap(params: PyTree, *, prunable: Prunable = is_kernel) -> PyTree:
 
     Args:
         params: pytree of parameters; each leaf is one layer.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params``, float32 or wider, in [0, 1], larger = keep; None where not scored. The largest weight
@@ -45,7 +45,7 @@ def lamp(params: PyTree, *, prunable: Prunable = is_kernel) -> PyTree:
 
     Args:
         params: pytree of parameters; each leaf is one layer.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         As ``dimap``. The paper's formula breaks ties of equal magnitude by position; here they score equally.

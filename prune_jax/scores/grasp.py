@@ -33,7 +33,7 @@ def grasp(
         labels: what ``loss_fn`` takes; integers (batch,) for the default.
         temperature: divides the logits; 200 in the authors' code.
         loss_fn: ``loss_fn(logits, labels) -> scalar``.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes). g and H are
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``. g and H are
             those of the scored leaves only.
 
     Returns:

@@ -13,7 +13,7 @@ def magnitude(params: PyTree, *, prunable: Prunable = is_kernel) -> PyTree:
 
     Args:
         params: pytree of parameters.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params``, larger = keep; None where not scored.

@@ -25,7 +25,7 @@ def movement(
         params: pytree of parameters.
         gradients: gradients of the loss at ``params``, same structure.
         previous: the scores after the step before; None at the first step.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params``, float32 or wider, larger = keep; None where not scored.

@@ -56,7 +56,7 @@ def px(
         params: pytree of parameters.
         inputs: one batch of floating-point inputs, leading axis = examples.
         balance: the mean over outputs of the weight's share of each, in place of its share of their sum.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params``, float32 or wider, >= 0, larger = keep; None where not scored; all 0 without an active

@@ -13,7 +13,7 @@ def random(key: jax.Array, params: PyTree, *, prunable: Prunable = is_kernel) ->
     Args:
         key: typed PRNG key, ``jax.random.key(seed)``.
         params: pytree of parameters; only shapes are used.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params`` of float32, larger = keep; None where not scored.

@@ -30,7 +30,7 @@ def snip(
         inputs: one batch, leading axis = examples.
         labels: what ``loss_fn`` takes; integers (batch,) for the default.
         loss_fn: ``loss_fn(logits, labels) -> scalar``.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params``, float32 or wider, larger = keep; None where not scored.

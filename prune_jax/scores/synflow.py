@@ -30,7 +30,7 @@ def synflow(
         apply_fn: ``apply_fn(params, inputs) -> outputs``, any JAX function.
         params: pytree of parameters; half precision is widened to float32.
         input_shape: full shape of an input, such as (1, 32, 32, 3); the ones take the widened parameters' dtype.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes).
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``.
 
     Returns:
         Pytree like ``params``, float32 or wider, larger = keep; None where not scored.

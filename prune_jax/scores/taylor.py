@@ -32,7 +32,7 @@ def taylor(
         labels: what ``loss_fn`` takes; integers (batch,) for the default.
         order: 1 or 2.
         loss_fn: ``loss_fn(logits, labels) -> scalar``.
-        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default kernels (two or more axes). g and H are
+        prunable: which leaves are scored, ``(path, leaf) -> bool``; by default ``is_kernel``. g and H are
             those of the scored leaves only.
 
     Returns:

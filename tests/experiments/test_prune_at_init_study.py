@@ -14,7 +14,7 @@ from experiments import foresight, training
 from experiments.models.resnet import ResNet
 from experiments.studies import prune_at_init as study
 from experiments.training import Plan
-from prune_jax import layer_statistics, ntk, sparsity
+from prune_jax import layer_statistics, sparsity
 
 EXAMPLES = {"cifar10": (45_000, 32, 3), "digits": (1_294, 8, 1)}
 
@@ -88,18 +88,26 @@ def test_masks_have_the_sparsity_and_survive_the_file(
         jax.tree.map(np.testing.assert_array_equal, found, made[0])
 
 
-def test_spectrum_is_that_of_the_masked_kernel(initial: foresight.Initial) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_spectrum_is_that_of_the_masked_kernel(initial: foresight.Initial, frozen: bool) -> None:
     masks = foresight.keep(initial, "magnitude", 0.5, rounds=1)
-    found = foresight.spectrum(initial, masks, examples=3, chunk=2)
+    found = foresight.spectrum(initial, masks, examples=3, frozen=frozen, chunk=2)
     masked = jax.tree.map(lambda w, m: w if m is None else w * m, initial.params, masks, is_leaf=lambda x: x is None)
 
     @jax.jit
-    def kernel(params):
-        stats = initial.statistics(params)
-        return ntk(lambda p, x: initial.logits(p, x, stats), params, initial.inputs[:3])
+    def trace(params):
+        stats = initial.statistics(initial.params if frozen else masked)
+        jacobian = jax.jacrev(lambda p: initial.logits(p, initial.inputs[:3], stats))(params)
+        parts = jax.tree.map(
+            lambda j, m: jnp.sum(jnp.square(j if m is None else j * m[None, None])),
+            jacobian,
+            masks,
+            is_leaf=lambda x: x is None,
+        )
+        return sum(jax.tree.leaves(parts))
 
-    # With cut weights that may move the trace is larger; without them it is the sum over the others' gradients.
-    assert 0 < found.sum() < np.trace(kernel(masked))
+    # The trace is the sum of squares of the derivatives by all weights that may move.
+    np.testing.assert_allclose(found.sum(), trace(masked), rtol=1e-4)
     assert found.shape == (30,)
     assert (np.diff(found) <= 1e-5 * found[0]).all()
 
@@ -122,11 +130,11 @@ def test_every_part_has_its_record(tiny: tuple[Path, dict]) -> None:
         assert json.loads((directory / name / "record.json").read_text()) == record
         kept, total = (sum(record[key].values()) for key in ("kept", "total"))
         assert total - kept == int(record["sparsity"] * total)
-        assert ("test_accuracy" in record) == ("spectrum" in record) == (record["sparsity"] != 0.5)
-    assert len(records[0]["spectrum"]) == 30
+        assert ("test_accuracy" in record) == ("spectrum_own" in record) == (record["sparsity"] != 0.5)
+    assert len(records[0]["spectrum_frozen"]) == 30
     rows = result["table"]["rows"]
     assert [row[0] for row in rows] == ["dense", "random", "SNIP", "PX", "random", "SNIP", "PX"]
-    assert rows[0][5] == 100
+    assert rows[0][5:7] == [100, 100]
 
 
 @pytest.mark.slow
