@@ -92,6 +92,8 @@ def load_weights(
         arrays = _without_head(model, arrays)
     _check_keys(path, loaded, arrays)
     shapes = _shapes(model, arrays)
+    if absent := set(shapes) - {e.path for e in entries}:  # such as registers, which Google's layout has no keys for
+        raise ValueError(f"{path} does not fit the model: files of this layout never hold {_list(absent)}")
     params = {e.path: _parameter(path, e, arrays, shapes[e.path]) for e in loaded}
     params |= {e.path: jnp.zeros(shapes[e.path], jnp.float32) for e in fresh}
     return {"params": flax.traverse_util.unflatten_dict(params, sep="/")}

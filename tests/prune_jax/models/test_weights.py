@@ -207,6 +207,19 @@ def test_another_depth_or_model_is_an_error():
         load_weights(TINY, FIXTURES / "timm_vit.safetensors", head="new")
 
 
+@pytest.mark.parametrize("head", ["load", "zeros"])
+@pytest.mark.parametrize(
+    ("change", "absent"),
+    [
+        ({"registers": 2}, "'register_tokens'"),
+        ({"distilled": True}, "'distillation_head/bias', 'distillation_head/kernel', 'distillation_token'"),
+    ],
+)
+def test_parameters_that_google_files_never_hold_are_an_error(change, absent, head):
+    with pytest.raises(ValueError, match=f"files of this layout never hold {absent}$"):
+        load_weights(GOOGLE.clone(**change), FIXTURES / "google_vit.npz", head=head)
+
+
 @pytest.mark.parametrize("name", ["timm_vit.safetensors", "google_vit.npz"])
 def test_damaged_files_are_one_clear_error(tmp_path, name):
     whole = (FIXTURES / name).read_bytes()
