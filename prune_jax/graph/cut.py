@@ -90,13 +90,14 @@ def living(mask: np.ndarray, axis: int) -> np.ndarray:
 
 def take(x: Any, index: np.ndarray, axis: int) -> Any:
     """The positions ``index`` along ``axis``, the same in all rows or, where ``index`` has rows, row by row."""
-    if index.size > index.shape[axis]:
+    rows = np.moveaxis(index, axis, -1)
+    flat = rows[(0,) * (rows.ndim - 1)]
+    if not (rows == flat).all():
         if isinstance(x, np.ndarray):
             return np.take_along_axis(x, index, axis=axis)
-        return jnp.take_along_axis(x, jnp.asarray(index), axis=axis)
-    flat = index.ravel()
+        return jnp.take_along_axis(x, jnp.asarray(index), axis=axis, mode="clip")
     if isinstance(x, np.ndarray):
         return np.take(x, flat, axis=axis)
-    if flat.size and np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size)):
+    if flat.size and np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size)):  # fuses, as a gather does not
         return lax.slice_in_dim(x, int(flat[0]), int(flat[0]) + flat.size, axis=axis)
     return jnp.take(x, jnp.asarray(flat), axis=axis, mode="clip")

@@ -190,7 +190,7 @@ def find_groups(program: Program) -> Groups:
     rank_of = {leaf.name: len(leaf.shape) for leaf in program.leaves}
     for c, members in enumerate(_members(program, within, starts)):
         start, stop = starts[c], starts[c + 1]
-        if not feasible[tie[c]]:
+        if not feasible[c]:
             held.append(
                 f"{stop - start} units of {members[0].path} axis {members[0].axis}: rows of equal length, which "
                 "these units share unevenly"
@@ -240,23 +240,44 @@ def _signature(matrix: sparse.csr_matrix, salt: int) -> np.ndarray:
 
 
 def _ties(starts: np.ndarray, in_table: sparse.csr_matrix, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cells joined by a table lose equally many; that works if every row of it then loses equally many."""
+    """Cells that must lose equally many, so that every row of every table does; and whether that is enough.
+
+    In each set of cells that tables connect, those with the same places in the same tables form a tie. If some rows
+    are then still unevenly long, the whole set is one tie.
+
+    Args:
+        starts: where each cell starts among the units, and the end.
+        in_table: (units, rows) how many places of a row a unit takes.
+        owner: the table of each row.
+
+    Returns:
+        The tie of each cell, and of each cell whether it can be cut at all.
+    """
     n = len(starts) - 1
     if not n or not in_table.shape[1]:
         return np.arange(n), np.ones(n, bool)
-    per_cell = in_table[starts[:-1]].tocoo()  # units of a cell are alike: the first stands for all
+    per_cell = in_table[starts[:-1]].tocsr()  # units of a cell are alike: the first stands for all
+    places = per_cell.tocoo()
     number = int(owner.max()) + 1
-    graph = sparse.coo_matrix(
-        (np.ones(len(per_cell.row)), (per_cell.row, n + owner[per_cell.col])), shape=(n + number,) * 2
-    )
-    tie = connected_components(graph, directed=False)[1]
-    loss = np.bincount(per_cell.col, weights=per_cell.data, minlength=len(owner))
-    least, most = np.full(number, np.inf), np.full(number, -np.inf)
-    np.minimum.at(least, owner, loss)
-    np.maximum.at(most, owner, loss)
-    feasible = np.ones(int(tie.max()) + 1, bool)
-    feasible[tie[n:][least != most]] = False
-    return tie[:n], feasible
+    graph = sparse.coo_matrix((np.ones(len(places.row)), (places.row, n + owner[places.col])), shape=(n + number,) * 2)
+    connected = connected_components(graph, directed=False)[1]
+    whole, of_table = connected[:n], connected[n:]
+    of_owner = sparse.csr_matrix((np.ones(len(owner), np.int64), (np.arange(len(owner)), owner)))
+    alike = np.unique(_signature((per_cell @ of_owner).tocsr(), 4) + whole.astype(np.uint64), return_inverse=True)[1]
+    fine = ~np.isin(whole, of_table[_uneven(places, alike, owner)])
+    tie = np.where(fine, alike, alike.max() + 1 + whole)
+    return tie, ~np.isin(whole, of_table[_uneven(places, tie, owner)])
+
+
+def _uneven(places: sparse.coo_matrix, tie: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The tables of which a tie takes more places in one row than in another."""
+    ties = sparse.csr_matrix((np.ones(len(tie), np.int64), (tie, np.arange(len(tie)))))
+    rows = (ties @ places).T.tocsr()  # (rows, ties) places that each tie takes, for one unit of each of its cells
+    rows.sort_indices()
+    code = _signature(rows, 5)
+    first = np.zeros(int(owner.max()) + 1, np.uint64)
+    first[owner[::-1]] = code[::-1]
+    return np.unique(owner[code != first[owner]])
 
 
 def _members(program: Program, within: sparse.csr_matrix, starts: np.ndarray) -> list[tuple[Member, ...]]:

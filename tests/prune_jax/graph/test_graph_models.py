@@ -49,6 +49,30 @@ def test_a_cut_model_is_an_ordinary_model(name, kinds):
     assert flops(small.apply, pruned.params, IMAGES) == flops(pruned.fn, pruned.params, IMAGES)
 
 
+def test_queries_and_values_of_a_head_are_cut_apart():
+    # one row of each head holds its q, k and v dims: rows stay as long as each other whatever each kind loses
+    model = MODELS["vit"]
+    params = start(model)
+    ties = dependency_groups(model.apply, params, IMAGES).ties
+    dims = {tie: groups[0].size for tie, groups in ties.items() if len(groups) == model.heads}
+    assert sorted(dims.values()) == [2, 2, 6, 6]  # q-k and v, of two blocks
+    pruned = check(model.apply, params, IMAGES, ratio={tie: 0.5 for tie, size in dims.items() if size == 6})
+    small = narrow(model, pruned.plan)
+    assert (small.qk_dim, small.v_dim) == ((2, 2), (3, 3))
+
+
+def test_a_cut_model_slices_where_it_sliced():
+    # a gather in their place would be a copy that nothing fuses with
+    model = MODELS["vit"].clone(pre_logits=None, distilled=False, v_dim=None)
+    params = start(model)
+    pruned = prune(model.apply, params, IMAGES, ratio=0.5, scope="local")
+    counts = [
+        str(jax.make_jaxpr(fn)(pruned.params, IMAGES)).count("gather[")
+        for fn in (pruned.fn, narrow(model, pruned.plan).apply)
+    ]
+    assert counts == [0, 0]
+
+
 def test_a_plan_of_another_model():
     fn, params, args = ARCHITECTURES["mlp"]()
     with pytest.raises(ValueError, match="plan is not one of this model"):
