@@ -132,6 +132,8 @@ class DynamicViT(TokenMethod):
     def fractions(self) -> tuple[float, ...]:
         """Fraction of all patches that is left after each stage."""
         depth = self.model.depth
+        if not isinstance(self.stages, Sequence):
+            raise ValueError(f"stages must be a tuple of blocks, such as (3, 6, 9), got {self.stages!r}")
         stages = tuple(check_count("stages", stage, 0) for stage in self.stages)
         if not stages or any(not 0 <= s < depth for s in stages) or any(a >= b for a, b in pairwise(stages)):
             raise ValueError(f"stages must be ascending blocks from 0 to {depth - 1}, got {stages}")

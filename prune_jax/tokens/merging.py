@@ -11,7 +11,7 @@ from prune_jax.models.layers import each_layer, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
 from prune_jax.tokens.state import Tokens, absorb, cosines, hand_over, split, start, take
-from prune_jax.tree import check_count
+from prune_jax.tree import check_count, widen
 
 
 class ToMe(TokenMethod):
@@ -79,7 +79,7 @@ class ToMe(TokenMethod):
             mixed = block.attention.combine(block.attention.probabilities(q, k, weights=weights), v)
             tokens = tokens._replace(x=block.add(tokens.x, mixed, train=train))
             if r > 0:
-                tokens = match_and_merge(tokens, k.mean(axis=1), r)
+                tokens = match_and_merge(tokens, widen(k).mean(axis=1), r)
             tokens = tokens._replace(x=block.feed_forward(tokens.x, train=train))
             owners.append(tokens.owner)
         return Trace(self.model.head(tokens.x, weights=tokens.size), jnp.stack(owners, axis=1))

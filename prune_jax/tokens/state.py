@@ -149,7 +149,7 @@ def cosines(a: Array, b: Array) -> Array:
     the sum of squares overflows float16.
     """
     a, b = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6) for x in widen((a, b)))
-    return jnp.einsum("bmd,btd->bmt", a, b)
+    return jnp.einsum("bmd,btd->bmt", a, b, precision="highest")  # accelerators would round them to 8 or 10 bits
 
 
 def counts(fractions: Sequence[float], patches: int) -> tuple[int, ...]:

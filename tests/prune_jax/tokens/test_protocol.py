@@ -208,6 +208,7 @@ def test_variables_of_another_structure_are_named():
         (lambda: DynamicViT(MODEL, (2, 1)), r"stages must be ascending"),
         (lambda: DynamicViT(MODEL, (1, 2), (0.5, 0.6)), "keep must be one number or 2 falling fractions"),
         (lambda: DynamicViT(MODEL, (1, 2), (0.5, 0.0)), "keep must be above 0"),
+        (lambda: DynamicViT(MODEL, 1), r"stages must be a tuple of blocks, such as \(3, 6, 9\), got 1"),
         (lambda: DynamicViT(MODEL, (1.5,)), "stages must be a whole number of at least 0, got 1.5"),
         (lambda: DynamicViT(MODEL, (1,), features=0), "features must be a whole number of at least 1, got 0"),
         (lambda: DynamicViT(MODEL, (1,), temperature=0.0), "temperature must be above 0 and finite, got 0.0"),
