@@ -22,3 +22,14 @@ compiled = tempfile.mkdtemp(prefix="compiled-")
 atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+OPTIMISED = ("functa_jax", "optim_jax")  # their tests look at rounding errors of the programs that users get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Tests compile small programs and run them once: XLA's dearest optimisations cost a quarter of their time."""
+    quick = request.path.parent.name not in OPTIMISED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
