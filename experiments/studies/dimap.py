@@ -66,7 +66,7 @@ PRESETS = {
         Config(),
         "the small Swin of `vit swin-cpu`, a quarter of an epoch of fine-tuning each",
         "12 min on one CPU core",
-        "not measured yet; DIMAP's paper has it ahead of magnitude",
+        "0.2 points lost with half of the weights gone, 4.0 with 70 %, 1.1 once trained; LAMP 1.7 and 1.2",
     ),
     "gpu": Preset(
         Config(base="swin-gpu-0", epochs=10.0, batch_size=512, learning_rate=1e-3),
