@@ -1,7 +1,7 @@
 """Figures, drawn from what a run logged and nothing else."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +60,46 @@ def curves(
         axis.set_yscale("log")
     # A legend, since names at the ends of lines that end close together would write over each other.
     axis.legend(fontsize=9, frameon=False, labelcolor="linecolor", loc="best")
-    for name, level in (levels or {}).items():
+    for level in (levels or {}).values():
         axis.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axis.margins(y=0.15)
+    for name, level in (levels or {}).items():
+        across, upwards = _free_corner(axis, series.values(), level)
         axis.annotate(
             f"{name}: {level:g}",
-            (1, level),
+            (across, level),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, -4),
+            xytext=(4 - 8 * across, 8 * upwards - 4),
             textcoords="offset points",
-            ha="right",
-            va="top",
+            ha=("left", "right")[across],
+            va=("top", "bottom")[upwards],
             fontsize=8,
             color=MUTED,
         )
-    axis.margins(y=0.15)
     _dress(axis, title, x_label, y_label)
     save(figure, path)
+
+
+def _free_corner(axis: Axes, lines: Iterable[tuple[Sequence[float], Sequence[float]]], level: float) -> tuple[int, int]:
+    """Where a label of a level meets the fewest points of lines: left or right end (0, 1), below or above (0, 1)."""
+    right, _ = axis.get_xlim()[1], axis.get_ylim()  # sets the limits, which the transformation needs
+    to_axes = axis.transData + axis.transAxes.inverted()
+    points = [np.zeros((0, 2))]
+    for x, y in lines:
+        if not len(x):
+            continue
+        corners = to_axes.transform(np.column_stack([x, y]))
+        place = np.linspace(0, len(corners) - 1, 200)
+        points.append(np.column_stack([np.interp(place, np.arange(len(corners)), c) for c in corners.T]))
+    across, upwards = np.concatenate(points).T
+    height = upwards - to_axes.transform((right, level))[1]
+
+    def met(corner: tuple[int, int]) -> int:
+        at_end = across > 0.7 if corner[0] else across < 0.3
+        beside = (height > -0.01) & (height < 0.08) if corner[1] else (height < 0.01) & (height > -0.08)
+        return int(np.sum(at_end & beside))
+
+    return min([(1, 0), (1, 1), (0, 0), (0, 1)], key=met)
 
 
 def histogram(

@@ -66,8 +66,8 @@ PRESETS = {
     "cpu-proximal": Preset(
         Config(epochs=0.25, form="proximal", strengths=(0.0, 5e-3, 5e-2, 5e-1)),
         "the same by the proximal map, which leaves exact zeros",
-        "10 min on one CPU core (not run here)",
-        "weights that are exactly zero, and their removal costs nothing",
+        "11 min on one core of a busy machine",
+        "strength 0.5: 30 % of the weights exactly zero for 1.9 points, and half of them gone for 0.1 more, not 0.7",
     ),
     "gpu": Preset(
         Config(base="gpu-0", epochs=5.0, batch_size=512, learning_rate=1e-3),
