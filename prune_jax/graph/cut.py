@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prune_jax.graph.labels import Free, Label
+from prune_jax.graph.labels import Free, Label, is_number
 
 if TYPE_CHECKING:
     from prune_jax.graph.walk import Value
@@ -57,7 +57,7 @@ class Cut:
 
     def constant(self, x: Any, value: Value) -> Any:
         """Cut a constant where it meets the rest of the program."""
-        if value.const is not None and value.const.uniform:
+        if value.const is not None and value.const.uniform and not any(is_number(n) and n == 0 for n in x.shape):
             scalar = lax.reshape(lax.slice(x, [0] * x.ndim, [1] * x.ndim), ())
             return lax.broadcast(scalar, self.shape(value.labels, value.shape))
         return self.array(x, value.labels)

@@ -25,7 +25,7 @@ class Elements:
         self.joins: list[tuple[np.ndarray, list[np.ndarray]]] = []
         self.tables: list[np.ndarray] = []
         self.parts: list[np.ndarray] = []
-        self.blocks: list[np.ndarray] = []
+        self.blocks: list[tuple[np.ndarray, np.ndarray | None]] = []
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """New elements in an array of this shape."""
@@ -60,9 +60,15 @@ class Elements:
         """Say that these positions form an axis of their own, which must not become empty."""
         self.parts.append(np.unique(ids))
 
-    def block(self, ids: np.ndarray) -> None:
-        """Say that each of these elements stands for a whole block of positions (a head, a channel group)."""
-        self.blocks.append(ids.ravel())
+    def block(self, ids: np.ndarray, slots: np.ndarray | None = None) -> None:
+        """Say that each of these elements stands for a whole block of positions (a head, a channel group).
+
+        With ``slots``, which ``ids`` broadcast to, only where some slot of its block can go as well: a channel before
+        its pixels in memory is none.
+        """
+        if slots is not None:
+            ids = np.broadcast_to(ids, slots.shape)
+        self.blocks.append((ids.ravel(), None if slots is None else slots.ravel()))
 
     def collapse(self, ids: np.ndarray, dims: tuple[int, ...]) -> np.ndarray:
         """Make ``ids`` independent of ``dims``: entries that differ only there become the same."""

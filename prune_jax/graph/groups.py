@@ -11,6 +11,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from prune_jax.graph.describe import axis_table, describe
+from prune_jax.graph.elements import FROZEN
 from prune_jax.graph.program import Pin, Program, read_program
 
 
@@ -162,8 +163,9 @@ def find_groups(program: Program) -> Groups:
     in_part = (within @ parts.astype(bool).astype(np.int64).T).tocsr()
     in_owned = (within @ owned.T).tocsr()
     blocks = np.zeros(classes.count, bool)
-    for ids in program.walk.elements.blocks:
-        blocks[classes.root[ids]] = True
+    for ids, slots in program.walk.elements.blocks:
+        going = slice(None) if slots is None else classes.root[slots] != classes.root[FROZEN]
+        blocks[classes.root[ids][going]] = True
     is_block = within @ blocks.astype(np.int64) > 0
 
     tabled = np.diff(in_table.indptr) > 0

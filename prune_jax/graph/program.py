@@ -101,6 +101,7 @@ def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_outpu
             labels = list(value.labels)
             for d in range(len(labels)):
                 settle(walk.elements, labels, d)
+    walk.freeze_unread()
     axes = [label for leaf in leaves for label in leaf.labels if isinstance(label, np.ndarray)]
     return Program(leaves, body, walk, Classes(walk.elements, axes), jax.tree.structure(shapes))
 

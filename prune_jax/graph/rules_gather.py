@@ -94,7 +94,7 @@ def _known_positions(ins: list[Value], numbers: Any, sizes: list) -> dict[int, n
         positions = {indexed[0]: known[:, 0]} if len(indexed) == 1 else {}
     else:
         positions = {d: np.arange(k, k + sizes[d]) for d, k in zip(indexed, known.tolist(), strict=True)}
-    inside = all(p.min() >= 0 and p.max() < shape[d] for d, p in positions.items())
+    inside = all(not p.size or (p.min() >= 0 and p.max() < shape[d]) for d, p in positions.items())
     return positions if inside else {}
 
 

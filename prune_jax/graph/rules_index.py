@@ -17,11 +17,15 @@ from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
 
 def pick(walk: Walk, labels: list[Label], axis: int, chosen: np.ndarray, shape: tuple) -> list[Label]:
     """Labels after taking the positions ``chosen`` along ``axis``."""
-    concrete(walk.elements, labels, axis, shape)
-    out = [np.take(x, chosen, axis=axis) if isinstance(x, np.ndarray) and x.shape[axis] > 1 else x for x in labels]
+    source = concrete(walk.elements, labels, axis, shape)
+    walk.note_pick(source, chosen)
+    taken = chosen if len(chosen) else [0]  # of nothing, no other axis can tell which rows it has
+    out = [np.take(x, taken, axis=axis) if isinstance(x, np.ndarray) and x.shape[axis] > 1 else x for x in labels]
     label = out[axis]
     if isinstance(label, np.ndarray):
-        if len(chosen) == 1:
+        if not len(chosen):
+            out[axis] = None
+        elif len(chosen) == 1:
             walk.elements.freeze(label)
             out[axis] = None
         else:

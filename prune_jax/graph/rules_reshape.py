@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,23 +11,22 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut
-from prune_jax.graph.errors import UnknownPrimitiveError
 from prune_jax.graph.labels import Free, Label, concrete, is_number, recognise, settle
-from prune_jax.graph.rules_shape import labelled
+from prune_jax.graph.rules_shape import labelled, transposed
 from prune_jax.graph.walk import Run, Value, Walk, shape_of
 
 
 def reshape(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Axes are merged and split segment by segment of equal size."""
     source, out_shape = ins[0], shape_of(eqn.outvars[0])
-    if eqn.params.get("dimensions") is not None:
-        raise UnknownPrimitiveError(f"reshape with dimensions=... at {walk.line()} has no rule; transpose first")
-    labels = list(source.labels)
-    shape = source.shape
+    order = eqn.params.get("dimensions")  # of the axes, first; JAX asks for it in convolutions that it has mapped
+    labels, shape = list(source.labels), source.shape
+    if order is not None:
+        labels, shape = transposed(labels, order), tuple(shape[d] for d in order)
     segments = _segments(shape, out_shape)
     for inside, outside in reversed(segments):  # from the back, so that earlier positions stay valid
         old, new = [shape[d] for d in inside], [out_shape[d] for d in outside]
-        start = inside[0] if inside else len(source.shape)
+        start = inside[0] if inside else len(shape)
         if old == new:
             continue
         if [n for n in old if n != 1] == [n for n in new if n != 1]:
@@ -37,9 +37,9 @@ def reshape(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], R
         shape = (*shape[:start], *new, *shape[start + len(old) :])
 
     def run(cut: Cut, x: Any, *sizes: Any) -> list:
-        return [lax.reshape(x, cut.shape(labels, out_shape))]
+        return [lax.reshape(x, cut.shape(labels, out_shape), order)]
 
-    return labelled(eqn, labels, summed=source.summed), run
+    return labelled(eqn, labels, summed=source.summed if order is None else None), run
 
 
 def _segments(a: tuple, b: tuple) -> list[tuple[list[int], list[int]]]:
@@ -156,8 +156,8 @@ def _split(walk: Walk, labels: list[Label], shape: tuple, start: int, new: list)
             walk.elements.table(ids, start + t)
             factors.append(ids)
             middle[t] = ids
-        for ids in factors[:-1]:
-            walk.elements.block(ids)
+        for ids, slots in itertools.combinations(factors, 2):
+            walk.elements.block(ids, slots)
         walk.elements.join(factors, joint)
     elif isinstance(label, Free) and moving:
         middle[moving[0]] = label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
 clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
-igamma igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul name ne neg nextafter not
-one_minus_square or polygamma population_count pow pvary real reduce_precision rem round rsqrt select_n
-sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
-tan tanh xor
+igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul name ne neg
+nextafter not one_minus_square or polygamma population_count pow pvary real reduce_precision
+regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
 CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
@@ -136,10 +137,12 @@ def _reframe(label: Label, where: tuple[int, ...], rank: int) -> Label:
 
 def transpose(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Labels move with their axes."""
-    order = eqn.params["permutation"]
-    labels = [ins[0].labels[d] for d in order]
-    labels = [x.transpose(order) if isinstance(x, np.ndarray) else x for x in labels]
-    return labelled(eqn, labels, summed=ins[0].summed), None
+    return labelled(eqn, transposed(ins[0].labels, eqn.params["permutation"]), summed=ins[0].summed), None
+
+
+def transposed(labels: list[Label], order: Sequence[int]) -> list[Label]:
+    """Labels of an array whose axes are put into another order."""
+    return [x.transpose(order) if isinstance(x, np.ndarray) else x for x in (labels[d] for d in order)]
 
 
 def squeeze(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
@@ -218,16 +221,14 @@ def fft(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run |
 
 def random_bits(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Noise has whatever size its neighbours have; a cut network draws other numbers than the dense one."""
-    shape = eqn.params["shape"]
-    if ins[0].shape:
-        shape = shape_of(eqn.outvars[0])
-        return labelled(eqn, [None] * len(shape)), None
+    shape = eqn.params["shape"]  # of the noise of each key
+    keys: list[Label] = [None] * len(ins[0].shape)
     labels: list[Label] = [Free() if static(n) else None for n in shape]
 
     def run(cut: Cut, key: Any, *sizes: Any) -> list:
         return [eqn.primitive.bind(key, *sizes, **{**eqn.params, "shape": cut.shape(labels, shape)})]
 
-    return labelled(eqn, labels), run
+    return labelled(eqn, [*keys, *labels]), run
 
 
 def reverse(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:

@@ -55,10 +55,18 @@ def select(
 
     def dead(fraction: float | dict[int, float]) -> np.ndarray:
         lost = _losses(groups, scores, ratio=fraction, scope=scope, kinds=kinds, round_to=round_to, minimum=minimum)
-        out = np.zeros(number, bool)
-        for group, units, score in zip(groups, groups.units, scores, strict=True):
-            out[units[np.argsort(score, kind="stable")[: lost.get(group.tie, 0)]]] = True
-        return groups.program.classes.deaths(out)
+        while True:
+            out = np.zeros(number, bool)
+            for units in _lowest_units(groups, scores, lost):
+                out[units] = True
+            out = groups.program.classes.deaths(out)
+            tie = _too_many(groups, scores, lost, groups.program.classes.emptied(out))
+            if tie is None:
+                return out
+            # what several groups lose together would leave nothing of an axis
+            fewer = range(lost[tie] - 1, 0, -1)
+            size = min(group.size for group in groups.ties[tie])
+            lost[tie] = next((n for n in fewer if _rounded(size, n, round_to, minimum) == n), 0)
 
     if isinstance(ratio, dict) or size is None:
         return dead(ratio)
@@ -82,6 +90,27 @@ def select(
             break
         low, high = (fraction, high) if left > target else (low, fraction)
     return best
+
+
+def _lowest_units(groups: Groups, scores: list[np.ndarray], lost: dict[int, int]) -> list[np.ndarray]:
+    """For each group, the units of the lowest scores, as many as its tie loses."""
+    return [
+        units[np.argsort(score, kind="stable")[: lost.get(group.tie, 0)]]
+        for group, units, score in zip(groups, groups.units, scores, strict=True)
+    ]
+
+
+def _too_many(groups: Groups, scores: list[np.ndarray], lost: dict[int, int], emptied: np.ndarray) -> int | None:
+    """Of the ties that empty an axis together, the one whose last loss has the highest score."""
+    if not emptied.any():
+        return None
+    closure = groups.program.classes.closure
+    last = {
+        group.tie: np.sort(score)[lost[group.tie] - 1]
+        for group, units, score in zip(groups, _lowest_units(groups, scores, lost), scores, strict=True)
+        if len(units) and (closure[units].astype(np.int64) @ emptied.astype(np.int64)).any()
+    }
+    return max(last, key=lambda tie: last[tie], default=None)
 
 
 def size_of(program: Program, of: Measure) -> Size | None:

@@ -63,10 +63,10 @@ class Classes:
         can_die = (self.closure.astype(np.int64) @ has_parameter.astype(np.int64) > 0) & ~self.derived
         can_die[self.root[FROZEN]] = False
         units = np.nonzero(can_die)[0]
-        whole = sparse.vstack([owned, parts]).astype(bool).astype(np.int64)
-        lengths = np.asarray(whole.sum(axis=1)).ravel()
-        emptied = (whole @ self.closure[units].astype(np.int64).T).tocoo()
-        stuck = units[np.unique(emptied.col[emptied.data == lengths[emptied.row]])]
+        self._whole = sparse.vstack([owned, parts]).astype(bool).astype(np.int64).tocsr()
+        self._lengths = np.asarray(self._whole.sum(axis=1)).ravel()
+        emptied = (self._whole @ self.closure[units].astype(np.int64).T).tocoo()
+        stuck = units[np.unique(emptied.col[emptied.data == self._lengths[emptied.row]])]
         return np.setdiff1d(units, stuck), stuck
 
     def _separable(self, stuck: np.ndarray) -> np.ndarray:
@@ -74,20 +74,18 @@ class Classes:
 
         A slot must stay apart from the joint of it and its row: it may be alive in a row that is gone.
         """
-        joint, factors = self.root[self._joint], self._factors_now()
-        live = factors != self.root[FROZEN]
+        joint, factors, live = self._joints_now()
         freezing = live & np.isin(factors, stuck)
         rest = live & ~freezing
-        number = rest.sum(axis=1)
+        number = rest.sum(axis=1, keepdims=True)
         code = joint[:, None] * self.count + factors
-        left_alone = rest & (number == 1)[:, None] & freezing.any(axis=1)[:, None]
-        clash = (left_alone & np.isin(code, code[rest & (number > 1)[:, None]])).any(axis=1)
+        left_alone = rest & (number == 1) & freezing.any(axis=1, keepdims=True)
+        clash = (left_alone & np.isin(code, code[rest & (number > 1)])).any(axis=1)
         return np.setdiff1d(factors[freezing], factors[freezing & clash[:, None]])
 
     def _close(self) -> None:
         """What dies with each class, and which classes are joints."""
-        joint, factors = self.root[self._joint], self._factors_now()
-        live = factors != self.root[FROZEN]
+        joint, factors, live = self._joints_now()
         inner = live.sum(axis=1) > 1
         child = np.repeat(joint[inner], factors.shape[1])[live[inner].ravel()]
         parent = factors[inner].ravel()[live[inner].ravel()]
@@ -114,16 +112,20 @@ class Classes:
         first[self.root[::-1]] = np.arange(n)[::-1]
         self._edges = [(np.arange(n), first[self.root])]
 
-    def _factors_now(self) -> np.ndarray:
-        return self.root[self._factors]
+    def _joints_now(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The classes of all joints and of their factors, and which of these count: neither frozen nor repeated."""
+        factors = self.root[self._factors]
+        live = factors != self.root[FROZEN]
+        for column in range(1, factors.shape[1]):
+            live[:, column] &= (factors[:, :column] != factors[:, column : column + 1]).all(axis=1)
+        return self.root[self._joint], factors, live
 
     def _simplify(self) -> bool:
         """One round of normalisation; True if it found anything."""
         if not len(self._joint):
             return False
         frozen = self.root[FROZEN]
-        joint, factors = self.root[self._joint], self._factors_now()
-        live = factors != frozen
+        joint, factors, live = self._joints_now()
         found: list[tuple[np.ndarray, np.ndarray]] = []
 
         def say(a: np.ndarray, b: np.ndarray) -> None:
@@ -135,10 +137,7 @@ class Classes:
         say(self._factors[stuck], np.zeros(len(stuck[0]), int))
         number = live.sum(axis=1)
         say(self._joint[number == 0], np.zeros(int((number == 0).sum()), int))
-        # factors sorted, repetitions and frozen ones at the front as -1
         key = np.sort(np.where(live, factors, -1), axis=1)
-        key[:, 1:][key[:, 1:] == key[:, :-1]] = -1
-        key.sort(axis=1)
         one = (key >= 0).sum(axis=1) == 1
         if one.any():
             column = np.argmax(factors == key[:, -1:], axis=1)
@@ -187,19 +186,23 @@ class Classes:
         if not len(self._joint):
             return dead
         dead = dead.copy()
-        joint, factors = self.root[self._joint], self._factors_now()
+        joint, factors, live = self._joints_now()
         while True:
             before = dead.sum()
             np.logical_or.at(dead, joint, dead[factors].any(axis=1))
             unexplained = dead[joint] & ~dead[factors].any(axis=1)
             if unexplained.any():
                 if not (rows := self._dead_rows(joint, factors, dead, unexplained)).any():
-                    live = factors != self.root[FROZEN]
                     last = factors.shape[1] - 1 - np.argmax(live[:, ::-1], axis=1)
                     rows[factors[unexplained, last[unexplained]]] = True
                 dead |= rows
             if dead.sum() == before:
                 return dead
+
+    def emptied(self, dead: np.ndarray) -> np.ndarray:
+        """The classes along those axes of which nothing would be left."""
+        empty = (self._whole @ dead.astype(np.int64) == self._lengths) & (self._lengths > 0)
+        return np.asarray(self._whole[empty].sum(axis=0)).ravel() > 0
 
     def _dead_rows(
         self, joint: np.ndarray, factors: np.ndarray, dead: np.ndarray, unexplained: np.ndarray

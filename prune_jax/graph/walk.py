@@ -149,6 +149,9 @@ class Walk:
         # Elements that weights bring forth, and that weights sum over; each with the parameter leaf that does.
         self.made: list[tuple[int, np.ndarray]] = []
         self.summed: list[tuple[int, np.ndarray]] = []
+        # Elements of parameter axes that slices and the like have left out, and those that they have taken.
+        self.skipped: list[np.ndarray] = []
+        self.taken: list[np.ndarray] = []
         self.meetings: list[tuple[int, str]] = []  # an element, and the equation where two activations share it
         self.parameter_of: Callable[[np.ndarray], str] = lambda ids: "?"
 
@@ -172,6 +175,20 @@ class Walk:
         if not self.in_derivative:
             where = f"{self.path[-1].primitive.name} at {self.line()}"
             self.meetings += [(int(x.flat[0]), where) for x in labels if isinstance(x, np.ndarray)]
+
+    def note_pick(self, label: Label, chosen: np.ndarray) -> None:
+        """Note which positions of a parameter's axis are read where only some are."""
+        if self.source(label) is not None:
+            ids = np.ravel(label)  # type: ignore[arg-type]
+            self.taken.append(ids[chosen])
+            self.skipped.append(np.delete(ids, chosen))
+
+    def freeze_unread(self) -> None:
+        """Positions of parameters that nothing reads stay: longer arguments may, such as more tokens' positions."""
+        skipped = np.setdiff1d(_all(self.skipped), _all(self.taken))
+        joins = [ids for joint, factors in self.elements.joins for ids in (joint, *factors)]
+        used = _all([ids for edge in self.elements.edges for ids in edge] + joins + self.elements.tables)
+        self.elements.freeze(np.setdiff1d(skipped, used))
 
     def line(self) -> str:
         """The user's line that is being read."""
@@ -212,7 +229,7 @@ class Walk:
             whole = True
             if name in self.calls:
                 outs, run = self.calls[name](self, eqn, [self.settled(v) for v in values])
-            elif not eqn.effects and all(v.const for v in values) and not _has_jaxpr(eqn) and _concrete(eqn):
+            elif not eqn.effects and all(v.const for v in values) and not _has_jaxpr(eqn):
                 constant = Const(eqn, [v.const for v in values if v.const])
                 outs = [Value(o.aval, [None] * len(shape_of(o)), constant) for o in eqn.outvars]
                 run = None
@@ -271,6 +288,10 @@ class Walk:
         return dataclasses.replace(value, labels=labels)
 
 
+def _all(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, int), *[ids.ravel() for ids in arrays]])
+
+
 def shape_of(var: Any) -> tuple:
     """The shape of a jaxpr's variable."""
     return var.aval.shape
@@ -286,8 +307,3 @@ def subjaxprs(eqn: JaxprEqn) -> Iterator[Any]:
         for q in p if isinstance(p, tuple | list) else (p,):
             if hasattr(q, "eqns") or hasattr(q, "jaxpr"):
                 yield q
-
-
-def _concrete(eqn: JaxprEqn) -> bool:
-    # a random draw is a constant too, but redrawing it at the cut size is as good and cheaper
-    return eqn.primitive.name != "random_bits"

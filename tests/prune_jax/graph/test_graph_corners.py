@@ -1,0 +1,142 @@
+"""Small functions of unusual shape: what is cut is what was zeroed, and what nothing reads stays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from graph_zeroing import check
+from jax import lax
+
+from prune_jax.graph import dependency_groups, prune
+
+X = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
+
+
+def weights(**shapes):
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def shapes(params):
+    return {name: x.shape for name, x in params.items()}
+
+
+def gram(p, x):
+    h = x @ p["a"]
+    return (h[:, :, None] * h[:, None]).reshape(len(x), -1) @ p["b"]
+
+
+def channels_first(p, x):
+    h = jax.nn.relu(x @ p["a"]).reshape(-1, 4, 2, 2)
+    return lax.conv_general_dilated(h, p["b"], (1, 1), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW")).sum((2, 3))
+
+
+def ensemble(p, x):
+    def conv(image, kernel):
+        return lax.conv_general_dilated(image[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    images = (x @ p["a"]).reshape(-1, 2, 2, 6)
+    return jax.vmap(lambda kernel: jax.vmap(conv, (0, None))(images, kernel))(p["k"]).sum((0, 2, 3, 4)) @ p["b"]
+
+
+CASES = {
+    "roll by nothing": (lambda p, x: jnp.roll(x @ p["a"], 0, 1) @ p["b"], (3, 8), (8, 2)),
+    "roll by all": (lambda p, x: jnp.roll(x @ p["a"], 8, 1) @ p["b"], (3, 8), (8, 2)),
+    "roll heads by all": (
+        lambda p, x: jnp.roll((x @ p["a"]).reshape(-1, 2, 4), 2, 1).reshape(-1, 8) @ p["b"],
+        (3, 8),
+        (8, 2),
+    ),
+    "empty slice": (lambda p, x: jnp.concatenate([(h := x @ p["a"])[:, 8:], h], 1) @ p["b"], (3, 8), (8, 2)),
+    "empty piece": (lambda p, x: jnp.concatenate(jnp.split(x @ p["a"], [0, 4], 1), 1) @ p["b"], (3, 8), (8, 2)),
+    "empty index": (lambda p, x: (h := x @ p["a"]) @ p["b"] + h[:, np.zeros(0, int)].sum(), (3, 8), (8, 2)),
+    "an axis with itself": (gram, (3, 4), (16, 2)),
+    "channels first": (channels_first, (3, 16), (3, 3, 4, 2)),
+    "column order": (
+        lambda p, x: jnp.tanh(jnp.reshape(x @ p["a"], (-1, 2, 4), order="F")).reshape(-1, 8, order="F") @ p["b"],
+        (3, 8),
+        (8, 2),
+    ),
+    "a table between": (
+        lambda p, x: jnp.interp(x @ p["a"], jnp.arange(4.0), jnp.arange(4.0) ** 2) @ p["b"],
+        (3, 8),
+        (8, 2),
+    ),
+    "noise of a key in the program": (
+        lambda p, x: jnp.tanh(x @ p["a"] + jax.random.normal(jax.random.key(0), (4, 8))) @ p["b"],
+        (3, 8),
+        (8, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_is_cut_and_cutting_is_zeroing(name):
+    fn, a, b = CASES[name]
+    params = weights(a=a, b=b)
+    small = check(fn, params, X, ratio=0.5, scope="local").params
+    assert small["a"].shape == (3, a[1] // 2)
+    assert small["b"].size < params["b"].size
+
+
+def test_random_features_keep_their_values():
+    def net(p, x):
+        return jnp.tanh(x @ jax.random.normal(jax.random.key(0), (3, 16))) @ p["b"]
+
+    assert check(net, weights(b=(16, 2)), X, ratio=0.5).params["b"].shape == (8, 2)
+
+
+def test_kernels_that_are_mapped_over():
+    params = weights(a=(3, 24), k=(5, 3, 3, 6, 4), b=(4, 2))
+    small = check(ensemble, params, X, ratio=0.5, scope="local").params
+    assert shapes(small) == {"a": (3, 12), "k": (5, 3, 3, 3, 2), "b": (2, 2)}
+
+
+def test_noise_of_mapped_keys_has_the_size_of_its_neighbour():
+    def dropped(p, x, key):
+        h = jnp.tanh(x @ p["a"])
+        return (h * jax.random.bernoulli(key, 0.5, h.shape)) @ p["b"]
+
+    params, keys = weights(a=(3, 8), b=(8, 2)), jax.random.split(jax.random.key(0), 4)
+    small = prune(jax.vmap(dropped, (None, 0, 0)), params, X, keys, ratio=0.5)
+    assert small.params["a"].shape == (3, 4)
+    assert small.fn(small.params, X, keys).shape == (4, 2)
+
+
+@pytest.mark.parametrize("take", [lambda pos, t: pos[:t], lambda pos, t: jnp.take(pos, jnp.arange(t), axis=0)])
+def test_positions_beyond_the_example_s_length_stay(take):
+    def net(p, tokens):
+        return jnp.tanh((p["table"][tokens] + take(p["pos"], tokens.shape[1])[None]) @ p["a"]) @ p["b"]
+
+    params = weights(table=(11, 6), pos=(16, 6), a=(6, 8), b=(8, 2))
+    small = prune(net, params, jnp.array([[1, 2, 3]]), ratio=0.5, scope="local")
+    assert shapes(small.params) == {"table": (11, 3), "pos": (16, 3), "a": (3, 4), "b": (4, 2)}
+    assert small.fn(small.params, jnp.array([[1, 2, 3, 4, 5]])).shape == (1, 5, 2)
+
+
+def test_what_one_slice_leaves_another_may_read():
+    def net(p, x):
+        return jnp.tanh(x @ p["a"][:, :4]) @ p["b"][:4] + jnp.tanh(x @ p["a"][:, 4:]) @ p["b"][4:]
+
+    small = check(net, weights(a=(3, 8), b=(8, 2)), X, ratio=0.5, scope="local").params
+    assert shapes(small) == {"a": (3, 4), "b": (4, 2)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_that_would_empty_an_axis_together_do_not(seed):
+    def net(p, x):
+        h = (jnp.tanh((x @ p["a"]).reshape(-1, 4, 2)) * p["s"][None, None]).reshape(len(x), -1)
+        return h[:, 1:3] @ p["b"] + h @ p["c"]
+
+    params = weights(a=(3, 8), s=(2,), b=(2, 2), c=(8, 2))
+    rng = np.random.default_rng(seed)
+    importance = jax.tree.map(lambda x: rng.random(x.shape), params)
+    options = {"ratio": 0.5, "scope": "local", "kinds": ("width", "block"), "importance": importance}
+    small = check(net, params, X, **options).params
+    assert small["b"].shape[0] > 0
+    assert small["a"].size < params["a"].size
+
+
+def test_pixels_do_not_make_a_block_of_a_channel():
+    (group,) = dependency_groups(channels_first, weights(a=(3, 16), b=(3, 3, 4, 2)), X)
+    assert (group.kind, group.size) == ("width", 4)
