@@ -17,11 +17,14 @@ without a rule that meets a parameter raises.
 equations, ``consumers`` finds the layers in it, ``products`` writes each as a regression, ``least_squares`` solves it.
 
 What changes besides sizes: a sum over a cut axis divided by the axis' length (a mean, as in layer norm) divides by the
-new length, as in a network built small from the start. Every other number in the program stays, the attention scale
-among them. Zeroing and cutting therefore agree exactly where nothing is normalised over a cut axis, and where what is
+new length, as in a network built small from the start. What counts is the number: ``x.sum(-1) / 8`` over 8 positions is
+a mean too. Every other number in the program stays, the attention scale among them, and the n - 1 of a corrected
+variance. Zeroing and cutting therefore agree exactly where nothing is normalised over a cut axis, and where what is
 summed over it is zero at a dead unit: a sum of sigmoids, or of copies made by broadcasting, has fewer terms, as in a
-network built small. Constants that are not uniform (masks, position tables, captured arrays) keep their original values
-at the surviving positions.
+network built small; so has a softmax, a maximum or a cumulative product over units. Constants that are not uniform
+(masks, position tables, captured arrays, noise of a key in the program) keep their original values at the surviving
+positions; noise of a key that is an argument is drawn anew. Positions of a parameter that the example's shapes leave
+unread stay, as a longer sequence may read them.
 """
 
 from prune_jax.graph.errors import UnknownPrimitiveError
