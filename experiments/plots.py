@@ -45,7 +45,7 @@ def curves(
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
     for i, (name, (x, y)) in enumerate(series.items()):
-        colour, style = _COLOURS[i % len(_COLOURS)], "-" if i < len(_COLOURS) else "--"
+        colour, style = _line(i)
         marker = "o" if len(x) < 30 else None
         counts = all(float(value).is_integer() for value in y)
         label = f"{name}: {y[-1]:{'.0f' if counts else '.2f'}}" if last else name
@@ -78,6 +78,11 @@ def curves(
         )
     _dress(axis, title, x_label, y_label)
     save(figure, path)
+
+
+def _line(number: int) -> tuple[str, str]:
+    """Colour and style of the lines of a figure, in order; the second round of colours is dashed."""
+    return _COLOURS[number % len(_COLOURS)], "-" if number < len(_COLOURS) else "--"
 
 
 def _free_corner(axis: Axes, lines: Iterable[tuple[Sequence[float], Sequence[float]]], level: float) -> tuple[int, int]:
@@ -125,9 +130,11 @@ def histogram(
     """
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(shares))]
-    for colour, (name, heights) in zip(colours, shares.items(), strict=True):
-        axis.stairs(heights, edges, color=colour, linewidth=1.4, label=f"{name}: mean {means[name]:.2f}")
+    for i, (name, heights) in enumerate(shares.items()):
+        colour, style = _line(i)
+        axis.stairs(
+            heights, edges, color=colour, linestyle=style, linewidth=1.4, label=f"{name}: mean {means[name]:.2f}"
+        )
     axis.legend(fontsize=8, frameon=False)
     axis.set_ylim(bottom=0)
     _dress(axis, title, x_label, y_label)
@@ -204,8 +211,7 @@ def panels(
     handles: dict[str, Any] = {}
     for axis, (panel, lines) in zip(axes, series.items(), strict=True):
         for name, (x, y, *spread) in lines.items():
-            colour = _COLOURS[names.index(name) % len(_COLOURS)]
-            style = "-" if names.index(name) < len(_COLOURS) else "--"
+            colour, style = _line(names.index(name))
             marker = "o" if len(x) < 30 else None
             (handles[name],) = axis.plot(
                 x, y, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3

@@ -60,8 +60,8 @@ PRESETS = {
     "cpu": Preset(
         Config(epochs=0.25),
         "the small ViT of `vit cpu`, report A's eight strengths, a quarter of an epoch each",
-        "19 min on one core of a busy machine",
-        "strengths up to 5e-4 cost 0.2 points (report A: 1.5), and 70 % of the weights can go for 1.8 more, not 4.3",
+        "22 min on one core of a busy machine",
+        "strengths up to 5e-4 cost 0.6 points (report A: 1.5), and 70 % of the weights can go for 1.9 more, not 5.5",
     ),
     "cpu-proximal": Preset(
         Config(epochs=0.25, form="proximal", strengths=(0.0, 5e-3, 5e-2, 5e-1)),
