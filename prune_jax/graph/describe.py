@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import collections
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.extend.core import Var
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.walk import line_of
 
 if TYPE_CHECKING:
     from prune_jax.graph.groups import Group, Groups, Member
+    from prune_jax.graph.program import Program
 
 ROLES = ("made by", "along", "read by")
 Line = tuple[str, str, str]  # role, path with a gap for its first number, what is said of the axis
@@ -39,7 +45,11 @@ def describe(groups: Groups) -> str:
             out.append(f"    {role} {path.format(_span(numbers))} {axis}")
         counts = sum((why for _, _, why in ties), collections.Counter())
         out += [f"    joined by {where}{f' ({n} times)' if n > 1 else ''}" for where, n in counts.most_common(6)]
-    return "\n".join([*out, *[f"held: {reason}" for reason in groups.held]])
+    out += [f"held: {reason}" for reason in groups.held]
+    if not groups:
+        out.append("nothing can be cut; what keeps each axis:")
+        out += [f"    {row['path']} axis {row['axis']}: {row['why']}" for row in frozen_axes(groups.program)]
+    return "\n".join(out)
 
 
 def axis_table(groups: Groups) -> list[dict]:
@@ -54,6 +64,36 @@ def axis_table(groups: Groups) -> list[dict]:
     rows = {(m.path, m.axis, g.tie, g.kind): _role(groups, m) for g in groups for m in g.members}
     found = [{"path": p, "axis": a, "role": role, "tie": t, "kind": k} for (p, a, t, k), role in rows.items()]
     return sorted(found, key=lambda row: (first[row["path"]], row["axis"], row["tie"]))
+
+
+def frozen_axes(program: Program) -> list[dict]:
+    """Every parameter axis of more than one position none of which can go, and the first reason for it."""
+    elements, root = program.walk.elements, program.classes.root
+    # who is connected with whom before anything is frozen
+    pairs = [*elements.edges, *((joint, factor) for joint, factors in elements.joins for factor in factors)]
+    a, b = (np.concatenate([np.zeros(0, int), *[pair[side].ravel() for pair in pairs]]) for side in (0, 1))
+    apart = (a != FROZEN) & (b != FROZEN)
+    graph = sparse.coo_matrix((np.ones(apart.sum(), np.int8), (a[apart], b[apart])), shape=(elements.size,) * 2)
+    component = connected_components(graph, directed=False)[1]
+    first: dict[int, Any] = {}
+    for ids, reading in elements.frozen:
+        for c in np.unique(component[ids]).tolist():
+            first.setdefault(c, reading)
+    out = []
+    for leaf in program.leaves:
+        for axis, (label, size) in enumerate(zip(leaf.labels, leaf.shape, strict=True)):
+            if size == 1 or (isinstance(label, np.ndarray) and (root[label] != root[FROZEN]).any()):
+                continue
+            if not isinstance(label, np.ndarray):
+                why = "it is pinned, or the function does not use it"
+            elif (c := int(component[label.flat[0]])) not in first:
+                why = "without any of it nothing would be left of an axis"
+            elif not first[c]:
+                why = "an output has its size"
+            else:
+                why = _short(f"{first[c][-1].primitive.name} at {line_of(first[c])}")
+            out.append({"path": leaf.name, "axis": axis, "why": why})
+    return out
 
 
 def _units(size: int, count: int) -> str:

@@ -11,6 +11,8 @@ a program is read, all as arrays, so that they are cheap for large networks:
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 FROZEN = 0
@@ -22,6 +24,8 @@ class Elements:
     def __init__(self) -> None:
         self.size = 1
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self.frozen: list[tuple[np.ndarray, Any]] = []
+        self.reading: Any = None  # what is being read; kept beside what it freezes
         self.joins: list[tuple[np.ndarray, list[np.ndarray]]] = []
         self.tables: list[np.ndarray] = []
         self.parts: list[np.ndarray] = []
@@ -41,7 +45,7 @@ class Elements:
 
     def freeze(self, ids: np.ndarray) -> None:
         """Say that these elements never die."""
-        self.union(ids, np.array(FROZEN))
+        self.frozen.append((ids.ravel(), self.reading))
 
     def join(self, factors: list[np.ndarray], joint: np.ndarray | None = None) -> np.ndarray:
         """Say that ``joint`` (new by default) lives exactly while all of its factors live."""

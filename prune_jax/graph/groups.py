@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from prune_jax.graph.describe import axis_table, describe
+from prune_jax.graph.describe import axis_table, describe, frozen_axes
 from prune_jax.graph.elements import FROZEN
 from prune_jax.graph.program import Pin, Program, read_program
 
@@ -87,6 +87,14 @@ class Groups:
             f^in) or "along" (biases, scales, positions: f^in and f^out at once).
         """
         return axis_table(self)
+
+    def frozen(self) -> list[dict]:
+        """Which parameter axes must not change, and why.
+
+        Returns:
+            Plain dicts with ``path``, ``axis`` and ``why``: the operation, and the line, that first asked for it.
+        """
+        return frozen_axes(self.program)
 
     def matrix(self) -> tuple[list[str], np.ndarray]:
         """The dependency matrix: names of parameter axes, and 1 where two axes share a unit.

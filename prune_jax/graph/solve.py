@@ -29,7 +29,7 @@ class Classes:
 
     def __init__(self, elements: Elements, axes: Sequence[np.ndarray]) -> None:
         self._elements = elements
-        self._edges = [(a, b) for a, b in elements.edges]
+        self._edges = [*elements.edges, *((ids, np.full_like(ids, FROZEN)) for ids, _ in elements.frozen)]
         self._joint, self._factors = _stack(elements.joins)
         self._patterns = [tuple(np.unique(f, return_inverse=True)[1].tobytes() for f in fs) for _, fs in elements.joins]
         self.root = np.zeros(0, int)

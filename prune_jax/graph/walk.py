@@ -192,9 +192,7 @@ class Walk:
 
     def line(self) -> str:
         """The user's line that is being read."""
-        # library code traced once keeps no line of the user's: the call it came from does
-        lines = (source_info_util.summarize(e.source_info) for e in reversed(self.path))
-        return next(filter(None, lines), "an unknown line")
+        return line_of(self.path)
 
     def source(self, label: Label) -> tuple[int, int] | None:
         """The parameter leaf and axis whose very own label this is."""
@@ -224,6 +222,7 @@ class Walk:
         steps = []
         for eqn in jaxpr.eqns:
             self.path.append(eqn)
+            self.elements.reading = tuple(self.path)
             values = [look(a) for a in eqn.invars]
             name = eqn.primitive.name
             whole = True
@@ -244,6 +243,7 @@ class Walk:
             steps.append(Step(eqn, values, outs, run, whole))
             env.update(zip(eqn.outvars, outs, strict=True))
             self.path.pop()
+            self.elements.reading = tuple(self.path)
         outputs = [look(a) for a in jaxpr.outvars]
         if cut_outputs:
             outputs = [self.consumed(v) for v in outputs]
@@ -286,6 +286,13 @@ class Walk:
             else:
                 labels.append(place(self.elements.fresh((n,)), d, rank))
         return dataclasses.replace(value, labels=labels)
+
+
+def line_of(path: Sequence[JaxprEqn]) -> str:
+    """The user's line that an equation came from, which stands in others, the outermost first."""
+    # library code traced once keeps no line of the user's: the call it came from does
+    lines = (source_info_util.summarize(e.source_info) for e in reversed(path))
+    return next(filter(None, lines), "an unknown line")
 
 
 def _all(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Small functions of unusual shape: what is cut is what was zeroed, and what nothing reads stays."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,3 +142,27 @@ def test_groups_that_would_empty_an_axis_together_do_not(seed):
 def test_pixels_do_not_make_a_block_of_a_channel():
     (group,) = dependency_groups(channels_first, weights(a=(3, 16), b=(3, 3, 4, 2)), X)
     assert (group.kind, group.size) == ("width", 4)
+
+
+def test_what_keeps_an_axis_is_named():
+    def net(p, x):
+        return jnp.sort(x @ p["a"]) @ p["b"]
+
+    groups = dependency_groups(net, weights(a=(3, 8), b=(8, 2), unused=(5, 1)), X, pin={"b": 0})
+    why = {(row["path"], row["axis"]): row["why"] for row in groups.frozen()}
+    here = r"at test_graph_corners.py:\d+ \(.*net\)"
+    for axis, reason in {
+        ("a", 0): f"dot_general {here}",
+        ("a", 1): f"sort {here}",
+        ("b", 0): "it is pinned, or the function does not use it",
+        ("b", 1): "an output has its size",
+        ("unused", 0): "it is pinned, or the function does not use it",
+    }.items():
+        assert re.fullmatch(reason, why.pop(axis)), axis
+    assert not why
+    assert str(groups).startswith("nothing can be cut; what keeps each axis:\n    a axis 0: dot_general")
+
+
+def test_what_goes_is_not_named_as_kept():
+    rows = dependency_groups(gram, weights(a=(3, 4), b=(16, 2)), X).frozen()
+    assert [(row["path"], row["axis"]) for row in rows] == [("a", 0), ("b", 1)]
