@@ -17,7 +17,7 @@ from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
 
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
-clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+clz complex conj convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor ge gt
 igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul name ne neg
 nextafter not one_minus_square or polygamma population_count pow pvary real reduce_precision
 regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
@@ -49,6 +49,15 @@ def elementwise(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value
         labels = unify(walk.elements, labels, other, shape)
     summed = ins[0].summed if eqn.primitive.name in KEEPS_SUM else None
     return labelled(eqn, labels, summed=summed), None
+
+
+def equal(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
+    """What is compared with known numbers is told by them, as the entries of a one-hot code are: none can go."""
+    for v in ins:
+        if v.const is not None and not v.const.uniform:
+            for d in range(len(v.labels)):
+                settle(walk.elements, v.labels, d)
+    return elementwise(walk, eqn, ins)
 
 
 def _stretched(value: Value, shape: tuple) -> list[Label]:
@@ -255,6 +264,7 @@ SHAPE_RULES = {
     **dict.fromkeys(CUMULATIVE, cumulative),
     **dict.fromkeys(("argmax", "argmin"), argreduce),
     **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), reduce_window),
+    "eq": equal,
     "div": divide,
     "mul": divide,
     "optimization_barrier": barrier,

@@ -166,3 +166,11 @@ def test_what_keeps_an_axis_is_named():
 def test_what_goes_is_not_named_as_kept():
     rows = dependency_groups(gram, weights(a=(3, 4), b=(16, 2)), X).frozen()
     assert [(row["path"], row["axis"]) for row in rows] == [("a", 0), ("b", 1)]
+
+
+def test_the_vocabulary_of_a_one_hot_embedding_stays():
+    def net(p, tokens):
+        return jnp.tanh(jax.nn.one_hot(tokens, 11) @ p["table"]) @ p["b"]
+
+    small = check(net, weights(table=(11, 6), b=(6, 2)), jnp.array([[1, 2, 3]]), ratio=0.5, scope="local").params
+    assert shapes(small) == {"table": (11, 3), "b": (3, 2)}
