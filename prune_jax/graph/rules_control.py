@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 
 from prune_jax.graph.cut import Cut
+from prune_jax.graph.errors import UnknownPrimitiveError
 from prune_jax.graph.labels import Label, settle, unify
 from prune_jax.graph.rules_shape import drop
 from prune_jax.graph.walk import Body, Run, Value, Walk, shape_of
@@ -46,7 +48,7 @@ def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list
     """Read through, and keep the rule: its derivative program is traced at the original size and cut likewise.
 
     Inside a derivative program such functions are only read through: a rule that calls its own function would never
-    end.
+    end. Where a rule cannot be read, the function can still be cut and run; only its derivative is an error.
     """
     if walk.in_derivative:
         plain = walk.read(*opened(eqn.params["call_jaxpr"]), [Value(v.aval, v.labels) for v in ins], cut_outputs=True)
@@ -61,36 +63,68 @@ def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list
     )
     original = jaxpr_as_fun(ClosedJaxpr(alone, []))
     primal = walk.read(jaxpr, consts, ins, cut_outputs=True)
-    avals = [_spec(v) for v in variables]
-    inputs = [ins[i] for i in moving]
     forward = eqn.primitive.name == "custom_jvp_call"
+    here = len(walk.path)
+    try:
+        rule = _read_rule(walk, original, variables, [ins[i] for i in moving], primal.outputs, forward)
+    except Exception as error:  # somebody else's rule, traced outside of its own program, may fail in any way
+        del walk.path[here:]
+        where = f"the derivative rule of the function at {walk.line()}"
+        return primal.outputs, _forward_only(primal, f"{where} cannot be read: {type(error).__name__}: {error}")
+    finally:
+        walk.in_derivative = False
+    return primal.outputs, _differentiable(primal, rule, moving, forward)
+
+
+def _read_rule(
+    walk: Walk,
+    original: Callable,
+    variables: list[Var],
+    inputs: list[Value],
+    outputs: list[Value],
+    forward: bool,
+) -> Body:
+    """The derivative program, by tangents (forward) or by cotangents; outputs labelled as what they belong to."""
+    avals = [_spec(v) for v in variables]
     if forward:
         tangents = [jax.ShapeDtypeStruct(a.shape, _tangent(a.dtype)) for a in avals]
         closed = jax.make_jaxpr(lambda x, t: jax.jvp(original, x, t))(avals, tangents)
         sources = [*inputs, *inputs]
-        targets = [*primal.outputs, *primal.outputs]
+        targets = [*outputs, *outputs]
     else:
-        cotangents = [_spec(v, tangent=True) for v in eqn.outvars]
+        cotangents = [jax.ShapeDtypeStruct(v.shape, _tangent(v.aval.dtype)) for v in outputs]
         closed = jax.make_jaxpr(lambda x, t: jax.vjp(original, *x)[1](list(t)))(avals, cotangents)
-        sources = [*inputs, *primal.outputs]
+        sources = [*inputs, *outputs]
         targets = inputs
     values = [
         Value(v.aval, s.labels) for v, s in zip(closed.jaxpr.invars, [walk.settled(s) for s in sources], strict=True)
     ]
     walk.in_derivative = True
     rule = walk.read(closed.jaxpr, closed.consts, values, cut_outputs=True)
-    walk.in_derivative = False
     for got, wanted in zip(rule.outputs, targets, strict=True):
         _share(walk, got, wanted)
-    return primal.outputs, _differentiable(primal, rule, moving, forward)
+    return rule
 
 
-def _spec(var: Any, *, tangent: bool = False) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(var.aval.shape, _tangent(var.aval.dtype) if tangent else var.aval.dtype)
+def _spec(var: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def _tangent(dtype: Any) -> Any:
     return dtype if jax.numpy.issubdtype(dtype, jax.numpy.inexact) else jax.dtypes.float0
+
+
+def _forward_only(primal: Body, reason: str) -> Run:
+    def run(cut: Cut, *args: Any) -> list:
+        function = jax.custom_jvp(lambda *xs: tuple(primal.run(cut, *xs)))
+
+        def refuse(xs: Any, ts: Any) -> tuple:
+            raise UnknownPrimitiveError(reason)
+
+        function.defjvp(refuse)
+        return list(function(*args))
+
+    return run
 
 
 def _differentiable(primal: Body, rule: Body, moving: list[int], forward: bool) -> Run:

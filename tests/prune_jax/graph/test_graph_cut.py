@@ -10,7 +10,7 @@ from graph_architectures import ARCHITECTURES, data, randomised, weights
 from graph_zeroing import check, zeroed
 from jax import export
 
-from prune_jax.graph import prune
+from prune_jax.graph import UnknownPrimitiveError, prune
 
 
 def test_layer_norm_means_over_the_cut_width():
@@ -136,6 +136,22 @@ def test_derivative_rules_survive(make):
     with jax.numpy_rank_promotion("allow"):
         expected = second(net, dense)
         np.testing.assert_allclose(second(pruned.fn, pruned.params), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_derivative_rule_that_cannot_be_read_is_an_error_only_where_it_is_asked_for():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (f(x), x), lambda x, g: (jnp.linalg.inv(x[:8, :8])[:1] * g,))
+
+    def net(p, x):
+        return f(x @ p["a"]) @ p["b"]
+
+    pruned = check(net, weights(a=(3, 8), b=(8, 2)), data(8, 3), ratio=0.5)
+    assert pruned.params["a"].shape == (3, 4)
+    with pytest.raises(UnknownPrimitiveError, match=r"the derivative rule of the function at .* cannot be read"):
+        jax.grad(lambda p: pruned.fn(p, data(8, 3)).sum())(pruned.params)
 
 
 def test_vmap():
