@@ -21,6 +21,7 @@ import numpy as np
 
 from prune_jax.graph.cut import Cut, take
 from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.labels import is_number
 from prune_jax.graph.program import Leaf, Program, keys
 
 FORMAT, VERSION = "prune_jax.graph plan", 1
@@ -47,19 +48,60 @@ def make_plan(program: Program, dead: np.ndarray) -> dict:
 
 
 def check_plan(plan: Any) -> None:
-    """Raise unless this is a plan that this version can read."""
+    """Raise unless this is a whole plan that this version can read."""
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         raise ValueError(f"plan must be a dict with format {FORMAT!r}, as prune(...).plan is")
     if plan.get("version") != VERSION:
         raise ValueError(f"plan has version {plan.get('version')!r}; this library reads version {VERSION}")
-    for entry in plan["leaves"]:
-        for keep in entry["keep"]:
-            axis, positions = keep["axis"], np.asarray(keep["positions"])
-            fits = 0 <= axis < len(entry["shape"]) and positions.ndim == len(keep["rows"]) + 1 and positions.size > 0
-            rising = fits and positions.dtype.kind == "i" and bool(np.all(np.diff(positions, axis=-1) > 0))
-            if not rising or positions.min() < 0 or positions.max() >= entry["shape"][axis]:
-                where = f"leaf {'/'.join(entry['path'])!r} of shape {tuple(entry['shape'])}"
-                raise ValueError(f"plan is damaged: {where} must list rising positions along axis {axis}")
+    _demand(_is_list(plan.get("leaves"), dict), "'leaves'", "a list of dicts", plan.get("leaves"))
+    seen = set()
+    for i, entry in enumerate(plan["leaves"]):
+        path, shape = entry.get("path"), entry.get("shape")
+        _demand(_is_list(path, str), f"'path' of leaf {i}", "a list of names", path)
+        where = f"leaf {'/'.join(path) or '.'!r}"
+        _demand(tuple(path) not in seen, where, "listed once", "it again")
+        seen.add(tuple(path))
+        sized = _is_list(shape, int) and all(n >= 0 for n in shape)
+        _demand(sized, f"'shape' of {where}", "a list of sizes", shape)
+        _check_keep(f"{where} of shape {tuple(shape)}", entry)
+
+
+def _check_keep(where: str, entry: dict) -> None:
+    """Raise unless what is kept of one leaf fits together."""
+    keep, shape = entry.get("keep"), entry["shape"]
+    _demand(_is_list(keep, dict), f"'keep' of {where}", "a list of dicts", keep)
+    positions: dict[int, np.ndarray] = {}
+    for part in keep:
+        axis, rows = part.get("axis"), part.get("rows")
+        fits = _is_list([axis], int) and 0 <= axis < len(shape)
+        _demand(fits and axis not in positions, where, "told what to keep once for each axis cut", f"axis {axis!r}")
+        others = [d for d in range(len(shape)) if d != axis]
+        rising = _is_list(rows, int) and list(rows) == sorted(set(rows) & set(others))
+        _demand(rising, f"'rows' for axis {axis} of {where}", f"rising, among the other axes {others}", rows)
+        try:
+            table = np.asarray(part.get("positions"))
+        except ValueError:  # rows of different lengths
+            table = np.zeros(0)
+        ok = table.size > 0 and table.dtype.kind == "i" and bool(np.all(np.diff(table, axis=-1) > 0))
+        ok = ok and table.min() >= 0 and table.max() < shape[axis]
+        _demand(ok, where, f"told rising positions along axis {axis}", part.get("positions"))
+        positions[axis] = table
+    left = _kept_shape(entry)
+    for part in keep:
+        wanted, got = tuple(left[d] for d in part["rows"]), positions[part["axis"]].shape[:-1]
+        axis, rows = part["axis"], tuple(part["rows"])
+        _demand(got == wanted, where, f"told positions along axis {axis} for {wanted} rows of axes {rows}", got)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
+
+
+def _demand(ok: bool, where: str, right: str, got: Any) -> None:
+    if not ok:
+        text = repr(got) if not isinstance(got, str) else got
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"plan is damaged: {where} must be {right}, got {shown}")
 
 
 def deaths(program: Program, plan: dict) -> np.ndarray:
@@ -80,14 +122,18 @@ def deaths(program: Program, plan: dict) -> np.ndarray:
                 f"and {ours} in the parameters"
             )
     root = program.classes.root
-    alive = np.ones(program.walk.elements.size, bool)
+    removed = []
     for leaf in program.leaves:
         entries = {keep["axis"]: keep for keep in listed[leaf.path]["keep"]}
-        for keep in entries.values():
-            alive[_removed(leaf, entries, keep)] = False
+        removed += [(leaf, axis, _removed(leaf, entries, keep)) for axis, keep in entries.items()]
+    alive = np.ones(program.walk.elements.size, bool)
+    for *_, ids in removed:
+        alive[ids] = False
     dead = np.zeros(program.classes.count, bool)
     dead[root[~alive]] = True
     dead = program.classes.deaths(dead)
+    if dead[root[FROZEN]]:
+        raise ValueError(_held(program, removed))
     cut = Cut(~dead[root])
     for leaf in program.leaves:
         for axis, label in enumerate(leaf.labels):
@@ -98,9 +144,27 @@ def deaths(program: Program, plan: dict) -> np.ndarray:
                         f"plan is for another function: cutting {leaf.name!r} axis {axis} as it says "
                         "would separate positions that belong together in this one"
                     )
-    if dead[root[FROZEN]]:
-        raise ValueError("plan is for another function: it cuts an axis that must keep its size here")
     return dead
+
+
+def _held(program: Program, removed: list[tuple[Leaf, int, np.ndarray]]) -> str:
+    """Why a plan that would cut what must keep its size cannot be followed; ``removed`` by leaf and axis."""
+    root = program.classes.root
+
+    def frozen(ids: np.ndarray) -> bool:
+        dead = np.zeros(program.classes.count, bool)
+        dead[root[ids]] = True
+        return bool(program.classes.deaths(dead)[root[FROZEN]])
+
+    leaf, axis, _ = next((r for r in removed if frozen(r[2])), removed[0])
+    what = f"cuts {leaf.name!r} axis {axis}, which must keep its size here"
+    arguments = program.body.jaxpr.invars[len(program.leaves) :]
+    if all(is_number(n) for v in arguments for n in getattr(v.aval, "shape", ())):
+        return f"plan is for another function: it {what}"
+    return (
+        f"plan {what}, where a size of the arguments is a symbol: an axis merged with one of unknown size cannot be "
+        "cut. Give fixed sizes (save_exported(..., free_batch=False)), or keep the two apart in the function"
+    )
 
 
 def _in_living_rows(cut: Cut, leaf: Leaf, axis: int) -> np.ndarray:
@@ -142,7 +206,8 @@ def apply_plan(plan: dict, tree: Any) -> Any:
     """Cut a checkpoint, or anything that mirrors one, by a plan.
 
     A leaf is cut when its path ends with a path of the plan (an optimizer's ``mu/params/Dense_0/kernel`` with
-    ``params/Dense_0/kernel``) and its shape is the one the plan was made for. Scalars and other leaves stay.
+    ``params/Dense_0/kernel``) and its shape is the one the plan was made for. Scalars and other leaves stay. A tree
+    with a leaf at the plan's own path holds parameters, and must hold all of them; a mirror may hold some.
 
     Args:
         plan: As ``prune(...).plan``, also after a round trip through JSON.
@@ -152,7 +217,8 @@ def apply_plan(plan: dict, tree: Any) -> Any:
         The pytree with smaller arrays.
 
     Raises:
-        ValueError: Not a plan, no leaf matches, or a matching leaf has another shape.
+        ValueError: Not a plan, no leaf matches, a matching leaf has another shape, or some of the parameters are
+            missing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -179,6 +245,10 @@ def apply_plan(plan: dict, tree: Any) -> Any:
         out.append(_cut_leaf(x, entry["keep"]))
     if not matched:
         raise ValueError("no leaf of this tree has a path that the plan knows: the plan is for another function")
+    missing = listed.keys() - {keys(path) for path, _ in flat}
+    if missing and len(missing) < len(listed):
+        names = sorted("/".join(path) for path in missing)
+        raise ValueError(f"the tree holds some of the plan's parameters but not all: {names[:5]} are missing")
     return jax.tree.unflatten(tree_def, out)
 
 

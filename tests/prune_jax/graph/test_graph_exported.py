@@ -78,6 +78,28 @@ def test_other_trees_types_and_fixed_shapes(tmp_path):
         save_exported(tmp_path / "net", keyed, data(2, 3))
 
 
+def flattened(p, x):
+    h = jnp.tanh(x @ p["a"])
+    return jnp.sin(h.reshape(-1)).reshape(h.shape) @ p["b"]
+
+
+def centred(p, x):
+    h = jnp.tanh(x @ p["a"])
+    return (h - h.mean()) @ p["b"]
+
+
+@pytest.mark.parametrize("net", [flattened, centred])
+def test_a_width_merged_with_a_free_batch(net, tmp_path):
+    pruned = prune(net, {"a": data(3, 8), "b": data(8, 2)}, data(4, 3), ratio=0.5)
+    with pytest.raises(ValueError, match=r"plan cuts 'a' axis 1, .* is a symbol: .* free_batch=False"):
+        save_exported(tmp_path / "net", pruned, data(4, 3), platforms=["cpu"])
+    save_exported(tmp_path / "net", pruned, data(4, 3), platforms=["cpu"], free_batch=False)
+    loaded = load_exported(tmp_path / "net")
+    np.testing.assert_allclose(
+        loaded.fn(loaded.params, data(4, 3)), pruned.fn(pruned.params, data(4, 3)), rtol=1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("at", [0, 24, 30, 60, 2000, -1])
 def test_damage_is_found(file, tmp_path, at):
     content = bytearray(file.read_bytes())

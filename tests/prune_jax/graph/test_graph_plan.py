@@ -67,12 +67,69 @@ def test_plan_for_another_function():
         smaller_function(lambda p, x: x, {"w0": data(3, 8)}, plan)({"w0": cut["w0"]}, *args)
 
 
-@pytest.mark.parametrize("positions", [[0, 8], [-1, 2], [2, 1], [1, 1], [], [[0, 1]], [0.5, 1.0]])
+HEAD = [{"axis": 0, "rows": [], "positions": [0, 2]}, {"axis": 1, "rows": [0], "positions": [[0, 1], [1, 3]]}]
+
+
+def damaged(*changes):
+    """A plan for {"a": (3, 4), "b": (2,)} with entries replaced at paths into it, or left out."""
+    leaves = [{"path": ["a"], "shape": [3, 4], "keep": HEAD}, {"path": ["b"], "shape": [2], "keep": []}]
+    plan = json.loads(json.dumps({"format": "prune_jax.graph plan", "version": 1, "leaves": leaves}))
+    for *way, last, value in changes:
+        node = plan
+        for key in way:
+            node = node[key]
+        if value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    return plan
+
+
+@pytest.mark.parametrize("positions", [[0, 3], [-1, 2], [2, 1], [1, 1], [], [[0, 1]], [0.5, 1.0], [[0], [1, 2]], "0"])
 def test_damaged_positions_are_refused(positions):
-    plan = prune(*ARCHITECTURES["mlp"]()[:2], *ARCHITECTURES["mlp"]()[2], ratio=0.5).plan
-    plan["leaves"][2]["keep"][0]["positions"] = positions
-    with pytest.raises(ValueError, match="plan is damaged: leaf"):
-        apply_plan(plan, {})
+    with pytest.raises(ValueError, match=r"plan is damaged: leaf 'a' of shape \(3, 4\) must be told"):
+        apply_plan(damaged(("leaves", 0, "keep", 0, "positions", positions)), {})
+
+
+KEEP = ("leaves", 0, "keep")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (("leaves", ...), "'leaves' must be a list of dicts, got None"),
+        (("leaves", None), "'leaves' must be"),
+        (("leaves", [3]), "'leaves' must be"),
+        (("leaves", 1, "path", ...), "'path' of leaf 1 must be"),
+        (("leaves", 1, "path", ["a"]), "leaf 'a' must be listed once"),
+        (("leaves", 1, "shape", ...), "'shape' of leaf 'b' must be"),
+        (("leaves", 1, "shape", [-2]), "'shape' of leaf 'b' must be"),
+        (("leaves", 1, "keep", ...), "'keep' of leaf 'b' of shape"),
+        ((*KEEP, 0, "axis", ...), r"leaf 'a' of shape \(3, 4\) must be told .* once for each axis cut, got axis None"),
+        ((*KEEP, 0, "axis", "1"), "got axis '1'"),
+        ((*KEEP, 0, "axis", 1.0), "got axis 1.0"),
+        ((*KEEP, 0, "axis", True), "got axis True"),
+        ((*KEEP, 0, "axis", 2), "got axis 2"),
+        ((*KEEP, 0, "axis", 1), "once for each axis cut, got axis 1"),
+        ((*KEEP, 1, "rows", ...), r"'rows' for axis 1 of leaf 'a' .* must be rising, among the other axes \[0\]"),
+        ((*KEEP, 1, "rows", [2]), "'rows' for axis 1"),
+        ((*KEEP, 1, "rows", []), r"positions along axis 1 for \(\) rows of axes \(\), got \(2,\)"),
+        ((*KEEP, 1, "positions", ...), "rising positions along axis 1"),
+        ((*KEEP, 1, "positions", [[0, 1]] * 3), r"positions along axis 1 for \(2,\) rows of axes \(0,\), got \(3,\)"),
+    ],
+)
+def test_damaged_plans_are_refused(change, where):
+    assert apply_plan(damaged(), {"a": np.ones((3, 4)), "b": np.ones(2)})["a"].shape == (2, 2)
+    with pytest.raises(ValueError, match=f"plan is damaged: .*{where}"):
+        apply_plan(damaged(change), {"a": np.ones((3, 4)), "b": np.ones(2)})
+
+
+def test_some_of_the_parameters_are_no_checkpoint():
+    a, b = np.ones((3, 4)), np.ones(2)
+    with pytest.raises(ValueError, match=r"some of the plan's parameters but not all: \['b'\] are missing"):
+        apply_plan(damaged(), {"a": a, "step": np.ones(5)})
+    assert apply_plan(damaged(), {"mu": {"a": a}, "step": np.ones(5)})["mu"]["a"].shape == (2, 2)  # a mirror may
+    assert apply_plan(damaged(), {"a": a, "b": b, "mu": {"a": a}})["mu"]["a"].shape == (2, 2)
 
 
 def test_plan_that_cuts_what_must_stay():
