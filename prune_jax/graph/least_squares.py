@@ -20,6 +20,10 @@ class Chunk(NamedTuple):
     xx: jax.Array  # (G, k, k), about the chunk's means
     xy: jax.Array  # (G, k, m), about the chunk's means
 
+    def finite(self) -> bool:
+        """Whether no input or wanted output was NaN or infinite."""
+        return all(np.isfinite(part).all() for part in self[1:])
+
 
 def chunk_moments(x: jax.Array, y: jax.Array) -> Chunk:
     """Moments of inputs x (G, n, k) and wanted outputs y (G, n, m), in at least float32."""

@@ -56,7 +56,8 @@ def check_plan(plan: Any) -> None:
     _demand(_is_list(plan.get("leaves"), dict), "'leaves'", "a list of dicts", plan.get("leaves"))
     seen = set()
     for i, entry in enumerate(plan["leaves"]):
-        path, shape = entry.get("path"), entry.get("shape")
+        path: Any = entry.get("path")
+        shape: Any = entry.get("shape")
         _demand(_is_list(path, str), f"'path' of leaf {i}", "a list of names", path)
         where = f"leaf {'/'.join(path) or '.'!r}"
         _demand(tuple(path) not in seen, where, "listed once", "it again")
@@ -68,7 +69,8 @@ def check_plan(plan: Any) -> None:
 
 def _check_keep(where: str, entry: dict) -> None:
     """Raise unless what is kept of one leaf fits together."""
-    keep, shape = entry.get("keep"), entry["shape"]
+    keep: Any = entry.get("keep")
+    shape = entry["shape"]
     _demand(_is_list(keep, dict), f"'keep' of {where}", "a list of dicts", keep)
     positions: dict[int, np.ndarray] = {}
     for part in keep:
@@ -82,7 +84,7 @@ def _check_keep(where: str, entry: dict) -> None:
             table = np.asarray(part.get("positions"))
         except ValueError:  # rows of different lengths
             table = np.zeros(0)
-        ok = table.size > 0 and table.dtype.kind == "i" and bool(np.all(np.diff(table, axis=-1) > 0))
+        ok = table.ndim > 0 and table.size > 0 and table.dtype.kind == "i" and bool(np.all(np.diff(table, axis=-1) > 0))
         ok = ok and table.min() >= 0 and table.max() < shape[axis]
         _demand(ok, where, f"told rising positions along axis {axis}", part.get("positions"))
         positions[axis] = table
@@ -275,6 +277,25 @@ def _kept_shape(entry: dict) -> tuple[int, ...]:
     for keep in entry["keep"]:
         shape[keep["axis"]] = np.asarray(keep["positions"]).shape[-1]
     return tuple(shape)
+
+
+def check_params(params: Any, expected: dict[tuple[str, ...], tuple[int, ...]], whose: str = "") -> list:
+    """The leaves of ``params``, which must be the ones that ``kept_shapes`` expects."""
+    flat = [(keys(path), x) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]]
+    paths = [path for path, _ in flat]
+    if paths != list(expected):
+        differing = sorted("/".join(path) or "." for path in expected.keys() ^ set(paths))
+        raise ValueError(
+            f"parameters{whose} must have the {len(expected)} leaves of the plan in its order, got {len(paths)}; these "
+            f"are in one of them only: {differing[:5]}"
+        )
+    for path, x in flat:
+        if expected[path] != np.shape(x):
+            raise ValueError(
+                f"parameter {'/'.join(path)!r}{whose} must have shape {expected[path]} after this cut, "
+                f"got {np.shape(x)}"
+            )
+    return [x for _, x in flat]
 
 
 def expand(plan: dict, small: Any, dense: Any) -> Any:

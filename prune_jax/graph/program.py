@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -73,7 +73,7 @@ def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_outpu
     params, args = abstract(params), abstract(args)
     closed, shapes = _traced(fn, params, args)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    pinned = _pinned(pin, {"/".join(keys(path)) or ".": x.shape for path, x in flat})
+    pinned = _pinned(pin, [("/".join(keys(path)) or ".", x.shape) for path, x in flat])
     outputs = [keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     nest: dict[tuple[int, int, int], bool] = {}
     for _ in range(MAX_PASSES):
@@ -82,7 +82,7 @@ def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_outpu
         used = _used(closed.jaxpr, len(flat))
         for i, leaf in enumerate(leaves):
             fixed = not used[i] or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
-            stay = range(len(leaf.shape)) if fixed else pinned[leaf.name]
+            stay = range(len(leaf.shape)) if fixed else pinned[i]
             leaf.labels = _label(walk, i, leaf.shape, stay, nest)
         walk.parameter_of = lambda ids, walk=walk, leaves=leaves: _parameter(walk, leaves, ids)  # type: ignore[misc]
         inputs = [
@@ -119,18 +119,28 @@ def _traced(fn: Callable, params: Any, args: tuple) -> tuple[Any, Any]:
         ) from error
 
 
-def _pinned(pin: Pin, shapes: dict[str, tuple[int, ...]]) -> dict[str, Sequence[int]]:
-    """For every leaf, the axes that must keep their size."""
+def _pinned(pin: Pin, leaves: list[tuple[str, tuple[int, ...]]]) -> list[Sequence[int]]:
+    """For every leaf, given its name and shape, the axes that must keep their size."""
     if callable(pin):
-        return {name: range(len(shape)) if pin(name) else () for name, shape in shapes.items()}
-    pinned: dict[str, Sequence[int]] = dict.fromkeys(shapes, ())
+        return [range(len(shape)) if pin(name) else () for name, shape in leaves]
+    if not isinstance(pin, Mapping):
+        raise TypeError(f"pin must be a function of a path, or a dict from path to axis or axes, got {pin!r}")
+    names = [name for name, _ in leaves]
+    pinned: list[Sequence[int]] = [()] * len(leaves)
     for name, axes in pin.items():
-        if name not in shapes:
-            raise ValueError(f"pin names {name!r}, which is no parameter; parameters are {', '.join(shapes)}")
-        chosen, rank = [axes] if isinstance(axes, int) else list(axes), len(shapes[name])
-        if wrong := [axis for axis in chosen if not -rank <= axis < rank]:
-            raise ValueError(f"pin names axis {wrong[0]} of {name!r}, which has shape {shapes[name]}")
-        pinned[name] = [axis % rank for axis in chosen]
+        if names.count(name) != 1:
+            raise ValueError(
+                f"pin names {name!r}, which is {'no' if name not in names else 'more than one'} parameter; "
+                f"parameters are {', '.join(names)}"
+            )
+        at = names.index(name)
+        shape = leaves[at][1]
+        chosen = list(axes) if isinstance(axes, Iterable) else [axes]
+        if not all(isinstance(axis, int | np.integer) and not isinstance(axis, bool) for axis in chosen):
+            raise TypeError(f"pin must give {name!r} an axis or a sequence of axes, which are integers, got {axes!r}")
+        if wrong := [axis for axis in chosen if not -len(shape) <= axis < len(shape)]:
+            raise ValueError(f"pin names axis {wrong[0]} of {name!r}, which has shape {shape}")
+        pinned[at] = [int(axis) % len(shape) for axis in chosen]
     return pinned
 
 
@@ -144,7 +154,7 @@ def _label(
 ) -> list[Label]:
     labels: list[Label] = []
     for axis, n in enumerate(shape):
-        if n == 1 or axis in stay:
+        if n <= 1 or axis in stay:
             labels.append(None)
             continue
         rows = [row for (which, row, own) in nest if (which, own) == (leaf, axis) and (leaf, axis, row) not in nest]

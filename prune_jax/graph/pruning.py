@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+import numbers
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -11,10 +13,11 @@ import numpy as np
 
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.groups import dependency_groups
-from prune_jax.graph.importance import Aggregate, Normalise, squared_magnitude, unit_scores
-from prune_jax.graph.plan import apply_plan, check_plan, deaths, expand, kept_shapes, make_plan
+from prune_jax.graph.importance import Aggregate, Normalise, check_may_go, squared_magnitude, unit_scores
+from prune_jax.graph.plan import apply_plan, check_params, check_plan, deaths, expand, kept_shapes, make_plan
 from prune_jax.graph.program import Pin, Program, abstract, keys, read_program
 from prune_jax.graph.select import Measure, Scope, check_ratios, select, size_of
+from prune_jax.tree import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ def prune(
     importance: Any = squared_magnitude,
     aggregate: Aggregate = "sum",
     normalise: Normalise = "mean",
-    kinds: Sequence[str] = ("width",),
+    kinds: Collection[str] = ("width",),
     round_to: int = 1,
     minimum: int = 1,
     rounds: int = 1,
@@ -59,18 +62,22 @@ def prune(
         ratio: Fraction to remove in [0, 1); or a dict from tie to its own fraction (``Group.tie``, of
             ``dependency_groups`` with the same ``pin``).
         of: What ``ratio`` is a fraction of: "units", "parameters", or "flops" of matrix products and convolutions at
-            the example's shapes. The last two are met to 1 %, or as nearly as whole units allow.
+            the example's shapes, where a ``cond`` counts all its branches and a ``while`` loop one iteration. The last
+            two are met to 1 %, or as nearly as whole units allow. A latency takes no ``of``.
         target_latency: Instead of ``ratio``: what ``measure`` is to give, met to 1 % or as nearly as whole units allow.
         measure: Says how long a candidate takes, such as the median of timed calls of ``jax.jit(candidate.fn)``.
-            Called up to 17 times a round, first with the uncut network; the unit is the same as the target's.
+            Called up to 17 times a round, first with the uncut network; the unit is the same as the target's. It must
+            return a finite number above 0.
         scope: Among which units the lowest are sought: "global" all, "local" every tie for itself, "kind" ties of the
             same form ("isomorphic"), or a function from a group to a name of its bucket.
         importance: Pytree of element scores like ``params`` (None where not scored), or a function from ``params`` to
-            one. Larger = keep.
+            one. Larger = keep; +inf = never remove. Where some ties have no score at all, scopes "global" and "kind"
+            leave these alone; where nothing has one, the first units go. See ``unit_scores``.
         aggregate: "sum", "mean" or "max" over the members of a unit.
         normalise: "mean" or "top" (equation 12 of DepGraph) within a group, or "none".
         kinds: Which groups may be cut: "width" (channels, dims) and "block" (whole heads, whole channel groups).
-        round_to: Widths left are multiples of this where the group is at least that large.
+        round_to: A group that loses units is left with a multiple of this, if it is at least that large. One that loses
+            none keeps its size, multiple or not.
         minimum: Fewest units left in a group.
         rounds: In how many rounds; each keeps the same fraction of the one before and scores anew what is left.
         between: Called with what each round but the last leaves; returns parameters for it, trained on or recovered.
@@ -84,7 +91,9 @@ def prune(
 
     Raises:
         ValueError: A ratio out of range, an unknown scope, kind or tie, scores of the wrong shape, a latency that the
-            smallest network still exceeds; what ``dependency_groups`` raises.
+            smallest network still exceeds, units that may not be removed among those that would have to be; what
+            ``dependency_groups`` raises.
+        TypeError: ``params`` are shapes; scores are traced; ``between`` returns no parameters.
         UnknownPrimitiveError: See ``dependency_groups``.
 
     Example:
@@ -101,8 +110,15 @@ def prune(
         raise ValueError(f"give either ratio or target_latency, got ratio={ratio} and target_latency={target_latency}")
     if (measure is None) != (target_latency is None):
         raise ValueError("measure says how long a network takes and goes with target_latency; give both or neither")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    _check_choices(ratio, of, scope, kinds)
+    rounds, round_to = check_count("rounds", rounds, 1), check_count("round_to", round_to, 1)
+    minimum = check_count("minimum", minimum, 1)
+    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params must be arrays, but {'/'.join(keys(path))!r} is a shape: a cut needs values to score and to "
+                "keep (dependency_groups takes shapes)"
+            )
     groups = dependency_groups(fn, params, *args, pin=pin, free_output=free_output)
     program, dense, specs = groups.program, abstract(params), abstract(args)
 
@@ -114,9 +130,13 @@ def prune(
     whole = np.zeros(program.classes.count, bool)
     size, budget = size_of(program, of), target_latency is not None
     if measure is not None and target_latency is not None:
-        size = _remembered(lambda dead: measure(smaller(dead)))
-        ratio = max(0.0, 1 - target_latency / size(whole))
-    check_ratios(ratio, of)
+        if of != "units":
+            raise ValueError(f"of={of!r} goes with ratio; target_latency is met in what measure returns")
+        target = _positive("target_latency", target_latency)
+        size = _remembered(lambda dead: _positive("what measure returns", measure(smaller(dead))))
+        ratio = max(0.0, 1 - target / size(whole))
+    else:
+        check_ratios(ratio, of)
     dead = whole
     for left in range(rounds - 1, -1, -1):
         scores = unit_scores(
@@ -134,19 +154,54 @@ def prune(
             tolerance=0.01 if budget else 1e-3,
             budget=budget,
             scope=scope,
-            kinds=kinds,
+            kinds=tuple(kinds),
             round_to=round_to,
             minimum=minimum,
         )
+        check_may_go(groups, scores, dead, compared=scope in ("global", "kind") and not isinstance(ratio, dict))
         if left:
             pruned = smaller(dead)
-            params = expand(pruned.plan, between(pruned), dense)
+            params = expand(pruned.plan, _returned(between, pruned), dense)
     if target_latency is not None and size is not None and size(dead) > 1.01 * target_latency:
         raise ValueError(
             f"target_latency={target_latency:g} cannot be reached: the smallest network found within these limits "
             f"(kinds, minimum, round_to, pin) takes {size(dead):g}, the whole one {size(whole):g}"
         )
     return smaller(dead)
+
+
+def _check_choices(ratio: Any, of: Measure, scope: Scope, kinds: Collection[str]) -> None:
+    """Raise where an option is of the wrong type, or says nothing."""
+    if isinstance(ratio, dict) and not ratio:
+        raise ValueError("ratio is an empty dict, which cuts nothing: give a number, or a dict from tie to number")
+    for value in ratio.values() if isinstance(ratio, dict) else [] if ratio is None else [ratio]:
+        if math.isnan(_number(value)):
+            raise ValueError(f"ratio must be a number in [0, 1), or a dict from tie to number, got {ratio!r}")
+    if not callable(scope) and scope not in ("global", "local", "kind"):
+        raise ValueError(f"scope must be 'global', 'local', 'kind' or a function of a group, got {scope!r}")
+    if isinstance(kinds, str) or not isinstance(kinds, Collection) or not kinds:
+        raise ValueError(f"kinds must be a sequence of 'width', 'block' or both, such as ('width',), got {kinds!r}")
+
+
+def _number(value: Any) -> float:
+    """A number, or an array of one, as a float; NaN for anything else."""
+    scalar = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.shape(value) == ())
+    return float(value) if scalar else math.nan
+
+
+def _positive(name: str, value: Any) -> float:
+    if not 0 < (number := _number(value)) < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return number
+
+
+def _returned(between: Callable[[Pruned], Any], pruned: Pruned) -> Any:
+    """What the caller made of the parameters after a round."""
+    params = between(pruned)
+    if params is None or isinstance(params, Pruned):
+        raise TypeError(f"between must return parameters, such as those of the Pruned it is given, got {type(params)}")
+    check_params(params, kept_shapes(pruned.plan), " returned by between")
+    return params
 
 
 def _part(ratio: Any, done: float) -> Any:
@@ -215,19 +270,10 @@ def _smaller_function(
     known: dict[Any, tuple[Program, Cut]],
 ) -> Callable:
     """As ``smaller_function``; ``known`` holds what was read already, by the shapes of the arguments."""
-    dense_tree: Any = jax.tree.structure(dense)
     expected = kept_shapes(plan)
 
     def smaller(params: Any, *args: Any) -> Any:
-        flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        for path, x in flat:
-            if expected.get(keys(path)) != np.shape(x):
-                raise ValueError(
-                    f"parameter {'/'.join(keys(path))!r} must have shape {expected.get(keys(path))} after "
-                    f"this cut, got {np.shape(x)}"
-                )
-        if tree != dense_tree:
-            raise ValueError(f"parameters must have the structure {dense_tree}, got {tree}")
+        leaves = check_params(params, expected)
         specs = abstract(args)
         key = _key(specs)
         if key in known:
@@ -238,8 +284,7 @@ def _smaller_function(
             # what fn closes over may belong to a transformation that is under way, and must not outlive it
             if not any(isinstance(c, jax.core.Tracer) for c in program.body.consts):
                 known[key] = (program, cut)
-        values = [x for _, x in flat] + jax.tree.leaves(args)
-        return jax.tree.unflatten(program.out_tree, program.body.run(cut, *values))
+        return jax.tree.unflatten(program.out_tree, program.body.run(cut, *leaves, *jax.tree.leaves(args)))
 
     return smaller
 

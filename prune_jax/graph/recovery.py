@@ -20,7 +20,7 @@ from prune_jax.graph.consumers import Consumer, Flow, find_consumers
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.flatten import flatten
 from prune_jax.graph.least_squares import Chunk, Moments, chunk_moments, ridge_update
-from prune_jax.graph.plan import deaths
+from prune_jax.graph.plan import check_params, deaths, kept_shapes
 from prune_jax.graph.program import abstract, read_program
 from prune_jax.graph.pruning import Pruned
 from prune_jax.graph.walk import Step
@@ -43,24 +43,26 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
 
     In attention the output projection makes up for lost value dims, and the projections for lost channels. Lost
     query-key dims are not made up for: scores are products of two activations, with no weight between them to fit.
-    Weights that several equations share (a recurrent cell, a tied embedding), and those inside loops longer than 64
-    steps and inside branches, stay as they are.
+    Weights that several equations share (a recurrent cell, a tied embedding), those that are computed from parameters
+    (scaled by a constant, weight norm), and those inside loops longer than 64 steps and inside branches, stay as they
+    are.
 
     Args:
         pruned: From ``prune(fn, params, ...)``; its ``params`` may have been trained on since.
         fn: The dense function.
         params: Its parameters.
-        batches: Calibration arguments, all of one shape: each what ``fn`` takes after ``params``, one array or a tuple.
-            The more rows (images times places) there are than inputs, the better. What the networks hold between two
-            stages is kept in memory for all of them.
+        batches: Calibration arguments, all of one shape: each what ``fn`` takes after ``params``, a tuple of arguments
+            or one that is no plain tuple (an array, a dict, a NamedTuple). The more rows (images times places) there
+            are than inputs, the better. What the networks hold between two stages is kept in memory for all of them.
         ridge: Above 0, relative to the inputs' mean variance: how strongly W' is held to W.
 
     Returns:
         Parameters for ``pruned.fn``.
 
     Raises:
-        ValueError: No batches, batches of different shapes, a ridge that is not positive, or ``params`` of another
-            function.
+        ValueError: No batches, batches of different shapes, a ridge that is not positive, ``params`` of another
+            function, parameters in ``pruned`` that are not of its plan's shapes, or NaN or infinity that reaches a
+            layer to be fitted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -75,7 +77,7 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be above 0, got {ridge}")
-    calibration = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    calibration = [batch if type(batch) is tuple else (batch,) for batch in batches]  # a NamedTuple is one argument
     if not calibration:
         raise ValueError("batches must hold at least one batch of arguments, got none")
     first = abstract(calibration[0])
@@ -85,6 +87,7 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
     program = read_program(flatten(fn), abstract(params), first, pin=lambda _: False, free_output=lambda _: True)
     whole = Cut(np.ones(program.walk.elements.size, bool))
     cut = Cut(~deaths(program, pruned.plan)[program.classes.root])
+    check_params(pruned.params, kept_shapes(pruned.plan), " of pruned")
     flow = Flow(program)
     dense, (small, tree) = jax.tree.leaves(params), jax.tree.flatten(pruned.params)
     names = {v: i for i, v in enumerate(program.body.jaxpr.invars[len(dense) :])}
@@ -109,7 +112,13 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
         moments = [Moments() for _ in stage.consumers]
         for i, state in enumerate(states):
             chunks, states[i] = run(dense, small, *state)
-            for m, chunk in zip(moments, chunks, strict=True):
+            for c, m, chunk in zip(stage.consumers, moments, chunks, strict=True):
+                if not chunk.finite():
+                    layer = program.leaves[c.weight.leaf].name
+                    raise ValueError(
+                        f"NaN or infinity of batch {i} reaches the layer of {layer!r}, which cannot be fitted to it; "
+                        "leave such data out, or find where either network overflows"
+                    )
                 m.add(chunk)
         for c, m in zip(stage.consumers, moments, strict=True):
             _refit(cut, c, m, small, ridge)

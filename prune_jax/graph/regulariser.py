@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,10 @@ import numpy as np
 import optax
 
 from prune_jax.graph.groups import Groups
+from prune_jax.graph.program import keys
+
+Path: TypeAlias = tuple[str, ...]
+Owners: TypeAlias = dict[Path, tuple[tuple[int, ...], list[np.ndarray]]]
 
 
 class GroupRegulariserState(NamedTuple):
@@ -37,10 +41,11 @@ def group_regulariser(
         alpha: How much harder the least important unit of a group is pushed: up to 2^alpha. A number or a schedule.
 
     Returns:
-        An optax transform; its update needs ``params``, and keeps the gradients' dtype.
+        An optax transform; its update needs ``params``, and keeps the gradients' dtype. Parameters that are not
+        floating point neither count nor are pushed, and updates that are None stay None.
 
     Raises:
-        ValueError: A negative strength, or an update without ``params``.
+        ValueError: A negative strength, or an update without ``params`` or with others than those of ``groups``.
 
     Example:
         >>> params = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[0.0], [1.0]])}
@@ -67,30 +72,45 @@ def group_regulariser(
         del extra
         if params is None:
             raise ValueError("group_regulariser needs params: call update(updates, state, params)")
-        leaves = jax.tree.leaves(params)
+        leaves = _by_path(params, "params", owners)
+        if missing := ["/".join(path) for path in owners if path not in leaves]:
+            raise ValueError(f"params must hold all parameters of the groups; these are missing: {missing[:5]}")
         importance = jnp.zeros(len(group_of) + 1, jnp.float32)
-        for leaf, axis_owners in zip(leaves, owners, strict=True):
-            for owner in axis_owners:
+        for path, leaf in leaves.items():
+            for owner in owners[path][1]:
                 fixed = tuple(d for d, n in enumerate(owner.shape) if n == 1)
                 total = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=fixed, keepdims=True)
                 importance = importance.at[owner].add(total)
         now, steepness = (value(state.step) if callable(value) else value for value in (strength, alpha))
         gamma = _gamma(importance[:-1], group_of, len(groups), steepness)
 
-        def push(update: Any, leaf: Any, axis_owners: list[np.ndarray]) -> Any:
-            for owner in axis_owners:
-                update = update + (2 * now * gamma[owner] * leaf).astype(update.dtype)
+        def push(path: tuple, update: Any) -> Any:
+            for owner in owners[keys(path)][1]:
+                update = update + (2 * now * gamma[owner] * leaves[keys(path)]).astype(update.dtype)
             return update
 
-        flat, tree = jax.tree.flatten(updates)
-        new = [push(u, w, o) for u, w, o in zip(flat, leaves, owners, strict=True)]
-        return jax.tree.unflatten(tree, new), GroupRegulariserState(optax.safe_increment(state.step))
+        _by_path(updates, "updates", owners)
+        new = jax.tree_util.tree_map_with_path(push, updates)
+        return new, GroupRegulariserState(optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _owners(groups: Groups) -> tuple[list[list[np.ndarray]], np.ndarray]:
-    """For every leaf and axis the unit each position belongs to (the last number: none), and each unit's group."""
+def _by_path(tree: Any, name: str, owners: Owners) -> dict[Path, Any]:
+    """The leaves of a tree by path, which must be among those of the groups."""
+    leaves = {keys(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    for path, x in leaves.items():
+        shape = owners[path][0] if path in owners else None
+        if np.shape(x) != shape:
+            raise ValueError(
+                f"{name} must be like the parameters that the groups were found for, but leaf {'/'.join(path)!r} has "
+                f"shape {np.shape(x)} where those have {shape}"
+            )
+    return leaves
+
+
+def _owners(groups: Groups) -> tuple[Owners, np.ndarray]:
+    """For every leaf its shape and the unit of each position of its axes (the last number: none); each unit's group."""
     classes = groups.program.classes
     chosen = [g for g in groups if g.kind == "width"]
     total = sum(g.size for g in chosen)
@@ -101,10 +121,11 @@ def _owners(groups: Groups) -> tuple[list[list[np.ndarray]], np.ndarray]:
         unit_of[rows.indices] = start + np.repeat(np.arange(group.size), np.diff(rows.indptr))
         group_of[start : start + group.size] = group.index
         start += group.size
-    owners = []
+    owners = {}
     for leaf in groups.program.leaves:
-        found = [unit_of[classes.root[label]] for label in leaf.labels if isinstance(label, np.ndarray)]
-        owners.append([owner for owner in found if (owner < total).any()])
+        labels = leaf.labels if jnp.issubdtype(leaf.dtype, jnp.floating) else []
+        found = [unit_of[classes.root[label]] for label in labels if isinstance(label, np.ndarray)]
+        owners[leaf.path] = leaf.shape, [owner for owner in found if (owner < total).any()]
     return owners, group_of
 
 

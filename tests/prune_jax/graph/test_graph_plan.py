@@ -85,7 +85,9 @@ def damaged(*changes):
     return plan
 
 
-@pytest.mark.parametrize("positions", [[0, 3], [-1, 2], [2, 1], [1, 1], [], [[0, 1]], [0.5, 1.0], [[0], [1, 2]], "0"])
+@pytest.mark.parametrize(
+    "positions", [[0, 3], [-1, 2], [2, 1], [1, 1], [], [[0, 1]], [0.5, 1.0], [[0], [1, 2]], "0", 0]
+)
 def test_damaged_positions_are_refused(positions):
     with pytest.raises(ValueError, match=r"plan is damaged: leaf 'a' of shape \(3, 4\) must be told"):
         apply_plan(damaged(("leaves", 0, "keep", 0, "positions", positions)), {})

@@ -9,7 +9,7 @@ import pytest
 from graph_architectures import ARCHITECTURES, data, weights
 from graph_zeroing import check, size
 
-from prune_jax.graph import dependency_groups, prune, unit_scores
+from prune_jax.graph import dependency_groups, prune, squared_magnitude, unit_scores
 
 
 def two_layers(scale=1.0):
@@ -157,14 +157,37 @@ def test_a_ratio_of_flops_is_met(name):
         ({"ratio": 0.5, "of": "latency"}, "of must be 'units', 'parameters' or 'flops'"),
         ({"ratio": 0.5, "scope": "layer"}, "scope must be 'global'"),
         ({"ratio": 0.5, "kinds": ("heads",)}, "kinds must be among"),
-        ({"ratio": 0.5, "round_to": 0}, "round_to must be at least 1"),
-        ({"ratio": 0.5, "minimum": 0}, "minimum must be at least 1"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to must be a whole number of at least 1, got 0"),
+        ({"ratio": 0.5, "minimum": 0}, "minimum must be a whole number of at least 1"),
         ({"ratio": 0.5, "aggregate": "median"}, "aggregate must be"),
         ({"ratio": 0.5, "normalise": "max"}, "normalise must be"),
         ({}, "give either ratio or target_latency"),
         ({"ratio": 0.5, "target_latency": 1.0}, "give either ratio or target_latency"),
         ({"target_latency": 1.0}, "measure says how long a network takes"),
-        ({"ratio": 0.5, "rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"ratio": 0.5, "rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
+        ({"ratio": 0.5, "rounds": 1.5}, "rounds must be a whole number of at least 1, got 1.5"),
+        ({"ratio": 0.5, "round_to": 2.5}, "round_to must be a whole number"),
+        ({"ratio": "0.5"}, "ratio must be a number in .*, got '0.5'"),
+        ({"ratio": [0.5]}, r"ratio must be a number in .*, got \[0.5\]"),
+        ({"ratio": {0: None}}, "ratio must be a number in .*, got {0: None}"),
+        ({"ratio": {}}, "ratio is an empty dict, which cuts nothing"),
+        ({"ratio": 0.5, "kinds": ()}, r"kinds must be a sequence of .*, got \(\)"),
+        ({"ratio": 0.5, "kinds": "width"}, "kinds must be a sequence of .*, got 'width'"),
+        ({"ratio": {0: 0.5}, "scope": "layer"}, "scope must be 'global'"),
+        ({"target_latency": 0.0, "measure": lambda p: 1.0}, "target_latency must be a finite number above 0, got 0.0"),
+        ({"target_latency": -1, "measure": lambda p: 1.0}, "target_latency must be a finite number above 0, got -1"),
+        ({"target_latency": jnp.nan, "measure": lambda p: 1.0}, "target_latency must be a finite number above 0"),
+        ({"target_latency": 1.0, "measure": lambda p: 0}, "what measure returns must be a finite .*, got 0"),
+        ({"target_latency": 1.0, "measure": lambda p: None}, "what measure returns must be a finite .*, got None"),
+        ({"target_latency": 1.0, "measure": lambda p: 1.0, "of": "flops"}, "of='flops' goes with ratio"),
+        ({"ratio": 0.5, "rounds": 2, "between": lambda p: {"a": p.params["a"]}}, r"returned by between .*\['b', 'c'\]"),
+        (
+            {"ratio": 0.5, "rounds": 2, "between": lambda p: two_layers()[1]},
+            r"parameter '[ac]' returned by between must have shape",
+        ),
+        ({"ratio": 0.5, "importance": {"a": jnp.full((3, 10), -jnp.inf), "b": None, "c": None}}, "hold -inf"),
+        ({"ratio": 0.5, "importance": {"a": jnp.ones((3, 10)), "b": None, "c": None}}, "'b' axis 1 .* have no score"),
+        ({"ratio": 0.5, "importance": lambda p: jax.tree.map(lambda w: jnp.inf + w, p)}, "score of .inf protects"),
         ({"ratio": 0.5, "importance": {"a": None}}, "scores must have the 3 leaves"),
         ({"ratio": 0.5, "importance": {"a": None, "b": None, "d": None}}, r"in one of them only: \['c', 'd'\]"),
         ({"ratio": 0.9, "of": "parameters", "minimum": 5}, r"cannot be removed: 0\.\d+ at most, .* minimum=5"),
@@ -176,6 +199,103 @@ def test_bad_input_is_named(options, message):
     fn, params, args = two_layers()
     with pytest.raises(ValueError, match=message):
         prune(fn, params, *args, **options)
+
+
+@pytest.mark.parametrize("result", [lambda pruned: None, lambda pruned: pruned])
+def test_between_must_return_parameters(result):
+    fn, params, args = two_layers()
+    with pytest.raises(TypeError, match=r"between must return parameters, .* got <class"):
+        prune(fn, params, *args, ratio=0.5, rounds=2, between=result)
+
+
+def test_values_must_be_known():
+    fn, params, args = two_layers()
+    with pytest.raises(TypeError, match="params must be arrays, but 'a' is a shape"):
+        prune(fn, jax.eval_shape(lambda: params), *args, ratio=0.5)
+    with pytest.raises(TypeError, match=r"scores of 'a' are traced: .* prune outside jax\.jit"):
+        jax.jit(lambda p: prune(fn, p, *args, ratio=0.5).params)(params)
+    known = prune(fn, params, *args, ratio=0.5)  # scores may be known where parameters are not
+    cut = jax.jit(lambda p: prune(fn, p, *args, ratio=0.5, importance=jax.tree.map(np.square, params)).params)(params)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, known.params)
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "max"])
+@pytest.mark.parametrize("normalise", ["mean", "top", "none"])
+def test_infinite_scores_protect(aggregate, normalise):
+    fn, params, args = two_layers()
+    protected = np.argsort((np.asarray(params["a"]) ** 2).sum(0) + (np.asarray(params["b"]) ** 2).sum(1))[:3]
+    scores = {**jax.tree.map(jnp.square, params), "a": jnp.square(params["a"]).at[1, protected].set(jnp.inf)}
+    options = {"aggregate": aggregate, "normalise": normalise}
+    found, usual = (unit_scores(dependency_groups(fn, params, *args), s, **options)[0] for s in (scores, params))
+    finite = np.isfinite(found)
+    assert set(np.flatnonzero(~finite)) == set(protected)
+    assert np.isfinite(usual).all()
+    if (aggregate, normalise) == ("sum", "mean"):
+        assert np.abs(found[finite]).mean() == pytest.approx(1)
+    for scope in ("local", "global"):
+        pruned = prune(fn, params, *args, ratio=0.6, scope=scope, importance=scores, rounds=2, **options)
+        assert set(protected) <= set(pruned.plan["leaves"][0]["keep"][0]["positions"])
+
+
+def test_ties_without_a_score():
+    fn, params, args = two_layers()
+    scores = {"a": jnp.square(params["a"]), "b": None, "c": None}
+    units = unit_scores(dependency_groups(fn, params, *args), scores)
+    assert np.isnan(units[1]).all()
+    assert not np.isnan(units[0]).any()
+
+    def widths(**options):
+        cut = prune(fn, params, *args, **options)
+        return cut.params["a"].shape[1], cut.params["c"].shape[0], cut.plan["leaves"][2]["keep"]
+
+    assert widths(ratio=0.3, importance=scores)[:2] == (1, 20)
+    assert widths(ratio=0.2, of="parameters", importance=scores)[1] == 20
+    first = [{"axis": 0, "rows": [], "positions": list(range(10, 20))}]
+    assert widths(ratio=0.5, scope="local", importance=scores) == (5, 10, first)
+    assert widths(ratio={1: 0.5}, importance=scores) == (10, 10, first)
+    assert widths(ratio=0.5, scope="local", importance=dict.fromkeys("abc")) == (5, 10, first)
+    assert sum(widths(ratio=0.5, importance=dict.fromkeys("abc"))[:2]) == 15
+
+
+@pytest.mark.parametrize("other", [{"bias": None}, {"scale": 0.5}, {"empty": jnp.zeros(0)}])
+def test_leaves_of_other_kinds_stay(other):
+    fn, params, args = two_layers()
+    pruned = prune(
+        lambda p, x: fn(p, x) * p.get("scale", 1.0) + jnp.sum(p.get("empty", 0)), {**params, **other}, *args, ratio=0.5
+    )
+    jax.tree.map(np.testing.assert_array_equal, {n: pruned.params[n] for n in other}, other)
+    usual = prune(fn, params, *args, ratio=0.5).params
+    jax.tree.map(np.testing.assert_array_equal, {n: pruned.params[n] for n in usual}, usual)
+    assert pruned.fn(pruned.params, *args).shape == (4, 2)
+
+
+def test_small_half_precision_parameters_are_told_apart():
+    _, params, _ = two_layers()
+    small = jax.tree.map(lambda p: (1e-5 * p).astype(jnp.float16), params)
+    scores = squared_magnitude(small)
+    assert {x.dtype for x in jax.tree.leaves(scores)} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(scores["c"], np.square(np.asarray(small["c"], np.float64)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pin", "error", "message"),
+    [
+        (["a"], TypeError, r"pin must be a function of a path, or a dict .*, got \['a'\]"),
+        ("a", TypeError, "pin must be a function of a path, or a dict .*, got 'a'"),
+        (None, TypeError, "pin must be a function of a path, or a dict .*, got None"),
+        ({"a": 1.0}, TypeError, "pin must give 'a' an axis or a sequence of axes, which are integers, got 1.0"),
+        ({"a": None}, TypeError, "pin must give 'a' an axis .*, got None"),
+        ({"a": True}, TypeError, "pin must give 'a' an axis .*, got True"),
+        ({"a": [0, "1"]}, TypeError, r"pin must give 'a' an axis .*, got \[0, '1'\]"),
+        ({"d/e": 0}, ValueError, "pin names 'd/e', which is more than one parameter"),
+    ],
+)
+def test_a_pin_of_the_wrong_type(pin, error, message):
+    fn, params, args = two_layers()
+    params = {**params, "d/e": jnp.ones(3), "d": {"e": jnp.ones((3, 4))}}
+    with pytest.raises(error, match=message):
+        dependency_groups(fn, params, *args, pin=pin)
+    assert len(dependency_groups(fn, params, *args, pin={"a": np.array([0, -1])})) == 1
 
 
 @pytest.mark.parametrize("pin", [lambda path: path == "c", {"c": 0}, {"b": 1}])

@@ -1,5 +1,8 @@
 """Recovery without training: exact where it can be, never worse, and for every kind of layer."""
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,3 +184,31 @@ def test_bad_input_is_named():
         recover(small, fn, params, [data(4, 3), data(5, 3)])
     with pytest.raises(ValueError, match="plan is for another function"):
         recover(small, fn, {**params, "w3": data(3)}, [args])
+    with pytest.raises(
+        ValueError, match=r"parameter 'b0' of pruned must have shape \(\d,\) after this cut, got \(8,\)"
+    ):
+        recover(dataclasses.replace(small, params=params), fn, params, [args])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_calibration_data_that_are_not_finite(bad):
+    fn, params, _ = ARCHITECTURES["mlp"]()
+    small = prune(fn, params, data(4, 3), ratio=0.4)
+    with pytest.raises(
+        ValueError, match=r"NaN or infinity of batch 1 reaches the layer of 'w1', .* leave such data out"
+    ):
+        recover(small, fn, params, [data(4, 3), data(4, 3).at[1, 1].set(bad)])
+
+
+def test_a_named_tuple_is_one_argument():
+    class Batch(NamedTuple):
+        x: jax.Array
+        y: jax.Array
+
+    def net(p, batch):
+        return jnp.tanh((batch.x + batch.y) @ p["a"]) @ p["b"]
+
+    params, batch = weights(a=(3, 8), b=(8, 2)), Batch(data(9, 3), data(9, 3, seed=5))
+    small = prune(net, params, batch, ratio=0.4)
+    got, same = (recover(small, net, params, [b])["b"] for b in (batch, (batch,)))
+    np.testing.assert_array_equal(got, same)

@@ -62,3 +62,31 @@ def test_bad_input_is_named():
     push = group_regulariser(groups, strength=1.0)
     with pytest.raises(ValueError, match="needs params"):
         push.update(params, push.init(params))
+    with pytest.raises(
+        ValueError, match=r"updates must be like .* leaf 'w0' has shape \(3,\) where those have \(3, 8\)"
+    ):
+        push.update({**params, "w0": data(3)}, push.init(params), params)
+    with pytest.raises(ValueError, match=r"params must be like .* leaf 'w9' has shape \(3,\) where those have None"):
+        push.update(params, push.init(params), {**params, "w9": data(3)})
+    with pytest.raises(ValueError, match=r"these are missing: \['w0'\]"):
+        push.update(params, push.init(params), {n: p for n, p in params.items() if n != "w0"})
+
+
+def test_integers_and_missing_updates_are_left_alone():
+    def net(p, x):  # the integers have an axis of the same units
+        return jnp.tanh(x @ p["a"] + p["table"][None]) @ p["b"]
+
+    params = {**weights(a=(3, 5), b=(5, 2)), "table": 100 * jnp.arange(5)}
+    push = group_regulariser(dependency_groups(net, params, data(4, 3)), strength=0.7)
+    fixed = group_regulariser(
+        dependency_groups(
+            lambda p, x: net({**p, "table": params["table"]}, x), weights(a=(3, 5), b=(5, 2)), data(4, 3)
+        ),
+        strength=0.7,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = push.update({**zeros, "b": None}, push.init(params), params)
+    np.testing.assert_array_equal(updates["table"], zeros["table"])
+    assert updates["b"] is None
+    del params["table"], zeros["table"]
+    np.testing.assert_allclose(updates["a"], fixed.update(zeros, fixed.init(params), params)[0]["a"], rtol=1e-6)
