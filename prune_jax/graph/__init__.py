@@ -9,9 +9,9 @@ positions (the dims of each head) must keep its rows equally long. Arguments and
 without a rule that meets a parameter raises.
 
 ``solve`` resolves all that to classes and ``groups`` to units that can go by themselves, sorted into groups;
-``importance`` scores and ``select`` chooses them; ``plan`` writes down the survivors. The smaller function
-(``pruning.smaller_function``) walks the dense program at the shapes of the call and runs every equation at its new size
-(``cut``), so it needs no second description of the network.
+``importance`` scores and ``select`` chooses them; ``plan`` writes down the survivors (``schema`` says in what form).
+The smaller function (``pruning.smaller_function``) walks the dense program at the shapes of the call and runs every
+equation at its new size (``cut``), so it needs no second description of the network.
 
 ``recovery`` fits the layers that lost inputs to the dense network, without training: ``flatten`` gives one list of
 equations, ``consumers`` finds the layers in it, ``products`` writes each as a regression, ``least_squares`` solves it.
@@ -31,10 +31,11 @@ from prune_jax.graph.errors import UnknownPrimitiveError
 from prune_jax.graph.exported import load_exported, save_exported
 from prune_jax.graph.groups import Group, Groups, Member, dependency_groups
 from prune_jax.graph.importance import squared_magnitude, unit_scores
-from prune_jax.graph.plan import apply_plan, kept_shapes
+from prune_jax.graph.plan import apply_plan
 from prune_jax.graph.pruning import Pruned, prune, smaller_function
 from prune_jax.graph.recovery import recover
 from prune_jax.graph.regulariser import group_regulariser
+from prune_jax.graph.schema import kept_shapes
 
 __all__ = [
     "Group",

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from prune_jax.graph.plan import check_plan
 from prune_jax.graph.program import abstract, keys
 from prune_jax.graph.pruning import Pruned
+from prune_jax.graph.schema import check_plan
 
 MAGIC, VERSION = b"prune_jax.graph network ", b"1\n"
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -14,8 +14,9 @@ import numpy as np
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.groups import dependency_groups
 from prune_jax.graph.importance import Aggregate, Normalise, check_may_go, squared_magnitude, unit_scores
-from prune_jax.graph.plan import apply_plan, check_params, check_plan, deaths, expand, kept_shapes, make_plan
+from prune_jax.graph.plan import apply_plan, check_leaves, check_params, deaths, expand, make_plan
 from prune_jax.graph.program import Pin, Program, abstract, keys, read_program
+from prune_jax.graph.schema import check_plan, kept_shapes
 from prune_jax.graph.select import Measure, Scope, check_ratios, select, size_of
 from prune_jax.tree import check_count
 
@@ -247,7 +248,8 @@ def smaller_function(
         ``smaller(params, *args)``.
 
     Raises:
-        ValueError: When called: parameters of the wrong shape, or a plan made for another function.
+        ValueError: A plan made for another function, which may show only when called; when called: parameters of the
+            wrong shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -258,7 +260,9 @@ def smaller_function(
         (7, 2)
     """
     check_plan(plan)
-    return _smaller_function(fn, abstract(params), plan, pin, free_output, {})
+    dense = abstract(params)
+    check_leaves(plan, {keys(path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(dense)[0]})
+    return _smaller_function(fn, dense, plan, pin, free_output, {})
 
 
 def _smaller_function(

@@ -20,9 +20,10 @@ from prune_jax.graph.consumers import Consumer, Flow, find_consumers
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.flatten import flatten
 from prune_jax.graph.least_squares import Chunk, Moments, chunk_moments, ridge_update
-from prune_jax.graph.plan import check_params, deaths, kept_shapes
+from prune_jax.graph.plan import check_params, deaths
 from prune_jax.graph.program import abstract, read_program
 from prune_jax.graph.pruning import Pruned
+from prune_jax.graph.schema import kept_shapes
 from prune_jax.graph.walk import Step
 
 Env = dict[int, Any]
