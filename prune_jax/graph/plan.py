@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.graph.cut import Cut, take
+from prune_jax.graph.describe import frozen_axes
 from prune_jax.graph.elements import FROZEN
 from prune_jax.graph.labels import is_number
 from prune_jax.graph.program import Leaf, Program, keys
@@ -95,13 +96,15 @@ def _held(program: Program, removed: list[tuple[Leaf, int, np.ndarray]]) -> str:
         return bool(program.classes.deaths(dead)[root[FROZEN]])
 
     leaf, axis, _ = next((r for r in removed if frozen(r[2])), removed[0])
-    what = f"cuts {leaf.name!r} axis {axis}, which must keep its size here"
+    whys = [row["why"] for row in frozen_axes(program) if (row["path"], row["axis"]) == (leaf.name, axis)]
+    why = whys[0] if whys else "with what it is joined to"
+    what = f"cuts {leaf.name!r} axis {axis}, which must keep its size here ({why})"
     arguments = program.body.jaxpr.invars[len(program.leaves) :]
     if all(is_number(n) for v in arguments for n in getattr(v.aval, "shape", ())):
         return f"plan is for another function: it {what}"
     return (
-        f"plan {what}, where a size of the arguments is a symbol: an axis merged with one of unknown size cannot be "
-        "cut. Give fixed sizes (save_exported(..., free_batch=False)), or keep the two apart in the function"
+        f"plan {what}, where a size of the arguments is a symbol: an axis merged or averaged with one of unknown size "
+        "cannot be cut. Give fixed sizes (save_exported(..., free_batch=False)), or keep the two apart in the function"
     )
 
 
