@@ -91,9 +91,9 @@ def prune(
         ``fn``, ``params`` and ``plan`` of the smaller network.
 
     Raises:
-        ValueError: A ratio out of range, an unknown scope, kind or tie, scores of the wrong shape, a latency that the
-            smallest network still exceeds, units that may not be removed among those that would have to be; what
-            ``dependency_groups`` raises.
+        ValueError: Nothing to cut, a ratio out of range, an unknown scope, kind or tie, scores of the wrong shape, a
+            latency that the smallest network still exceeds, units that may not be removed among those that would have
+            to be; what ``dependency_groups`` raises.
         TypeError: ``params`` are shapes; scores are traced; ``between`` returns no parameters.
         UnknownPrimitiveError: See ``dependency_groups``.
 
@@ -121,6 +121,8 @@ def prune(
                 "keep (dependency_groups takes shapes)"
             )
     groups = dependency_groups(fn, params, *args, pin=pin, free_output=free_output)
+    if ratio != 0 and not any(group.kind in kinds for group in groups):
+        raise ValueError(f"there is no group of kinds={tuple(kinds)} to cut. The groups:\n{groups}")
     program, dense, specs = groups.program, abstract(params), abstract(args)
 
     def smaller(dead: np.ndarray) -> Pruned:
@@ -182,6 +184,8 @@ def _check_choices(ratio: Any, of: Measure, scope: Scope, kinds: Collection[str]
         raise ValueError(f"scope must be 'global', 'local', 'kind' or a function of a group, got {scope!r}")
     if isinstance(kinds, str) or not isinstance(kinds, Collection) or not kinds:
         raise ValueError(f"kinds must be a sequence of 'width', 'block' or both, such as ('width',), got {kinds!r}")
+    if unknown := set(kinds) - {"width", "block"}:
+        raise ValueError(f"kinds must be among 'width' and 'block', got {sorted(unknown)}")
 
 
 def _number(value: Any) -> float:
@@ -295,4 +299,6 @@ def _smaller_function(
 
 def _key(specs: Any) -> Any:
     leaves, tree = jax.tree.flatten(specs)
-    return tree, tuple((s.shape, s.dtype, s.weak_type) for s in leaves)
+    # what is traced holds the precision that was the default
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return tree, precision, tuple((s.shape, s.dtype, s.weak_type) for s in leaves)

@@ -140,12 +140,6 @@ def _losses(
     minimum: int,
 ) -> dict[int, int]:
     """How many units every group of each tie loses."""
-    for name, least in (("round_to", round_to), ("minimum", minimum)):
-        if least < 1:
-            raise ValueError(f"{name} must be at least 1, got {least}")
-    unknown = set(kinds) - {"width", "block"}
-    if unknown:
-        raise ValueError(f"kinds must be among 'width' and 'block', got {sorted(unknown)}")
     size, ladder, form = {}, {}, {}
     for tie, members in groups.ties.items():
         if members[0].kind not in kinds:
@@ -176,8 +170,6 @@ def _losses(
 def _bucket(scope: Scope, group: Group) -> str:
     if callable(scope):
         return scope(group)
-    if scope not in ("global", "local", "kind"):
-        raise ValueError(f"scope must be 'global', 'local', 'kind' or a function of a group, got {scope!r}")
     return {"global": "", "local": str(group.tie), "kind": group.form}[scope]
 
 

@@ -174,3 +174,25 @@ def test_the_vocabulary_of_a_one_hot_embedding_stays():
 
     small = check(net, weights(table=(11, 6), b=(6, 2)), jnp.array([[1, 2, 3]]), ratio=0.5, scope="local").params
     assert shapes(small) == {"table": (11, 3), "b": (3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [
+        (lambda p, x: jnp.sort(x @ p["a"]) @ p["b"], {}, "no group of kinds=.'width',. to cut.*a axis 1: sort at"),
+        (lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"kinds": ("block",)}, "no group of kinds=.'block',. .*width: 8"),
+    ],
+)
+def test_nothing_to_cut_is_an_error_that_says_why(net, options, message):
+    params = weights(a=(3, 8), b=(8, 2))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        prune(net, params, X, ratio=0.5, **options)
+    assert shapes(prune(net, params, X, ratio=0.0, **options).params) == shapes(params)
+
+
+def test_precision_is_that_of_the_call():
+    params = weights(a=(3, 8), b=(8, 2))
+    small = prune(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, X, ratio=0.5)
+    with jax.default_matmul_precision("float32"):
+        assert str(jax.make_jaxpr(small.fn)(small.params, X)).count("precision=(Precision.HIGHEST") == 2
+    assert "Precision.HIGHEST" not in str(jax.make_jaxpr(small.fn)(small.params, X))

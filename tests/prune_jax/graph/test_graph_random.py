@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from graph_zeroing import check, size
 
-from prune_jax.graph import dependency_groups
+from prune_jax.graph import dependency_groups, prune
 
 OPERATIONS = (
     "dense",
@@ -121,6 +121,11 @@ def must_lose(net, params, x, *, ratio, scope, kinds=("width",)):
 
 def check_random(seed, **options):
     net, params, x = random_network(seed)
+    kinds = options.get("kinds", ("width",))
+    if not any(group.kind in kinds for group in dependency_groups(net, params, x)):
+        with pytest.raises(ValueError, match="to cut"):
+            prune(net, params, x, **options)
+        return
     pruned = check(net, params, x, **options)
     assert size(pruned.params) < size(params) or not must_lose(net, params, x, **options)
 
