@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.extend.core import Var
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.solve import components
 from prune_jax.graph.walk import line_of
 
 if TYPE_CHECKING:
@@ -71,10 +70,8 @@ def frozen_axes(program: Program) -> list[dict]:
     elements, root = program.walk.elements, program.classes.root
     # who is connected with whom before anything is frozen
     pairs = [*elements.edges, *((joint, factor) for joint, factors in elements.joins for factor in factors)]
-    a, b = (np.concatenate([np.zeros(0, int), *[pair[side].ravel() for pair in pairs]]) for side in (0, 1))
-    apart = (a != FROZEN) & (b != FROZEN)
-    graph = sparse.coo_matrix((np.ones(apart.sum(), np.int8), (a[apart], b[apart])), shape=(elements.size,) * 2)
-    component = connected_components(graph, directed=False)[1]
+    apart = [(a != FROZEN) & (b != FROZEN) for a, b in pairs]
+    component = components([(a[keep], b[keep]) for (a, b), keep in zip(pairs, apart, strict=True)], elements.size)
     first: dict[int, Any] = {}
     for ids, reading in elements.frozen:
         for c in np.unique(component[ids]).tolist():

@@ -102,11 +102,8 @@ class Classes:
         self.closure = closure.tocsr()
 
     def _resolve(self) -> None:
-        a = np.concatenate([np.zeros(0, int), *[e[0] for e in self._edges]])
-        b = np.concatenate([np.zeros(0, int), *[e[1] for e in self._edges]])
         n = self._elements.size
-        graph = sparse.coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(n, n))
-        self.root = connected_components(graph, directed=False)[1].astype(np.int64)
+        self.root = components(self._edges, n)
         # keep one edge an element from here on
         first = np.zeros(self.count, int)
         first[self.root[::-1]] = np.arange(n)[::-1]
@@ -219,6 +216,13 @@ class Classes:
             if rows.any():
                 break
         return rows
+
+
+def components(edges: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:
+    """The connected component of each of ``size`` elements; an edge holds two arrays, paired place by place."""
+    a, b = (np.concatenate([np.zeros(0, int), *[edge[side].ravel() for edge in edges]]) for side in (0, 1))
+    graph = sparse.coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(size, size))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def _stack(joins: list[tuple[np.ndarray, list[np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
