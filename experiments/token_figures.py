@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from experiments import image_plots, logs, pictures, plots
 from experiments.runs import Run
 from experiments.studies.token_presets import Config
-from experiments.token_methods import TITLES, Profile, speed_up, stages, vit_of
+from experiments.token_methods import TITLES, Profile, stages, vit_of
 from experiments.trained import Base
 from experiments.training import PyTree
 from prune_jax.tokens import DynamicViT, TokenMethod
@@ -175,8 +175,7 @@ def _draw_latency(directory: Path, metrics: dict[str, Any], on: str) -> None:
         for series in TITLES:
             rows = [row for row in timed if row["series"] == series]
             if rows:
-                times = [row["latency"][batch] for row in rows]
-                shares = [100 / speed_up(t) for t in times]
+                shares = [100 / row["latency"][batch]["speed_up"] for row in rows]
                 lines[TITLES[series]] = _line([*rows, metrics["dense"]], [*shares, 100.0])
         panels[f"batch {batch}"] = lines
     plots.panels(

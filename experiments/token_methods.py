@@ -110,11 +110,6 @@ def build(series: Series, keep: float, model: ViT, ranges: tuple[float, ...], sc
     return PatchSkip(model, capacities(scores, keep))
 
 
-def speed_up(latency: dict[str, float]) -> float:
-    """How many times faster than the dense network; of medians, where turns were not recorded."""
-    return latency.get("speed_up", latency["dense_seconds"] / latency["seconds"])
-
-
 def reaches(series: Series, keep: float, model: ViT) -> bool:
     """Whether a method can keep so few: only ToMe has a least."""
     return series != "tome" or keep >= least_merged(model)

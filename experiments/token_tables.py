@@ -5,7 +5,7 @@ from typing import Any
 from experiments.published import published_number
 from experiments.published import table as published_table
 from experiments.studies.token_presets import Config
-from experiments.token_methods import TITLES, speed_up
+from experiments.token_methods import TITLES
 
 TRAINED = {"none": "", "classifier": "classifier", "joint": "all, jointly", "ViT": "ViT"}
 FORMS = {"threshold": "by threshold, all computed", "capacity": "fixed capacity"}
@@ -21,7 +21,7 @@ def table(base: str, metrics: dict[str, Any]) -> dict[str, Any]:
 
     def speed_ups(row: dict[str, Any]) -> list[Any]:
         times = [row.get("latency", {}).get(str(batch)) for batch in batches]
-        return [round(speed_up(t), 2) if t else "" for t in times]
+        return [round(t["speed_up"], 2) if t else "" for t in times]
 
     rows: list[list[Any]] = [["dense", "", "", *_numbers(dense, dense), *[1.0] * len(batches)]]
     for row in metrics["rows"]:

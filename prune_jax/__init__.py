@@ -1,7 +1,7 @@
 """Smaller networks: what to remove, and removing it."""
 
 from prune_jax import graph, models, scores, tokens
-from prune_jax.costs import Latency, count_parameters, flops, latencies, latency
+from prune_jax.costs import Latency, count_parameters, flops, latencies, latency, speed_up
 from prune_jax.distillation import distillation_loss
 from prune_jax.l1 import L1State, l1_penalty, l1_proximal
 from prune_jax.masks import LayerStatistics, apply_masks, layer_statistics, make_masks, make_nm_masks, sparsity
@@ -41,5 +41,6 @@ __all__ = [
     "one_shot",
     "scores",
     "sparsity",
+    "speed_up",
     "tokens",
 ]

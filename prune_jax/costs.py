@@ -172,6 +172,33 @@ def latencies(
     return found
 
 
+def speed_up(slow: Latency, fast: Latency) -> float:
+    """How many times faster one of two functions is that took turns: the median over the turns of their ratio.
+
+    What slows the machine for a while slows both calls of a turn, so that it falls out.
+
+    Args:
+        slow: of ``latencies``.
+        fast: of the same call of ``latencies``.
+
+    Returns:
+        The factor; above 1 where ``fast`` is faster.
+
+    Raises:
+        ValueError: not the same number of calls.
+
+    Example:
+        >>> slow, fast = (Latency(s, s, s, 0.0, (s, 4 * s)) for s in (3.0, 1.5))
+        >>> speed_up(slow, fast)
+        2.0
+    """
+    if len(slow.seconds) != len(fast.seconds):
+        raise ValueError(
+            f"functions that took turns have as many calls each, got {len(slow.seconds)} and {len(fast.seconds)}"
+        )
+    return float(np.median(np.divide(slow.seconds, fast.seconds)))
+
+
 class _Known:
     """A mask as one leaf among the arrays of a pytree."""
 

@@ -24,7 +24,7 @@ from experiments.studies.structural_presets import PRESETS as PRESETS
 from experiments.studies.structural_presets import Arm, Config, Way
 from experiments.tables import counted
 from experiments.trained import Base, load_base
-from prune_jax import count_parameters, flops, latencies
+from prune_jax import count_parameters, flops, latencies, speed_up
 from prune_jax.graph import group_regulariser, prune, recover
 
 SUMMARY = "Cut whole units out of a trained ViT, Swin or CNN, recover without training, then fine-tune"
@@ -218,14 +218,16 @@ def _costs(model: Any, variables: Any, base: Base) -> dict[str, int]:
 
 
 def _latency(config: Config, base: Base, model: Any, variables: Any) -> dict[str, float]:
-    """Median milliseconds of a batch through the dense network and the cut one, which take turns."""
+    """Median milliseconds of a batch through the dense network and the cut one, which take turns, and its speed-up."""
     inputs = base.prepare(jnp.asarray(base.train.images[: config.latency_batch]))
     networks = {"dense": (base.model, base.variables), "cut": (model, variables)}
     found = latencies(
         {name: (structural.evaluated(net), (weights, inputs)) for name, (net, weights) in networks.items()},
         repeats=config.latency_calls,
     )
-    return {name: 1e3 * times.median for name, times in found.items()}
+    return {name: 1e3 * times.median for name, times in found.items()} | {
+        "speed_up": speed_up(found["dense"], found["cut"])
+    }
 
 
 def _percent(base: Base, model: Any, variables: Any) -> dict[str, float]:
@@ -247,9 +249,8 @@ def _table(config: Config, base: Base, metrics: dict[str, Any]) -> dict[str, Any
         ["dense", 0, *_sizes(dense), 1.0, round(dense["accuracy"], 2), None, None, round(dense["top5_accuracy"], 2)]
     ]
     for record in metrics["parts"]:
-        speed_up = round(record["latency"]["dense"] / record["latency"]["cut"], 2)
         accuracies = [round(record[name]["accuracy"], 2) for name in ("cut", "recovered")]
-        common = [record["ratio"], *_sizes(record), speed_up, *accuracies]
+        common = [record["ratio"], *_sizes(record), round(record["latency"]["speed_up"], 2), *accuracies]
         for way, found in record["after"].items() or (("recovered", None),):
             trained = [round(found[name], 2) for name in ("accuracy", "top5_accuracy")] if found else [None, None]
             rows.append([record["arm"] + WAYS[way], *common, *trained])

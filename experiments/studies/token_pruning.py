@@ -25,7 +25,7 @@ from experiments.token_methods import Profile, Series
 from experiments.token_tables import comparisons, table
 from experiments.trained import Base, load_base
 from experiments.training import PyTree
-from prune_jax import flops
+from prune_jax import flops, speed_up
 from prune_jax.models import ViT
 from prune_jax.tokens import (
     CPViT,
@@ -267,8 +267,7 @@ class _Study:
             str(batch): {
                 "seconds": times.median,
                 "dense_seconds": costs.dense_latency[batch].median,
-                # Both take turns, so that what slows the machine slows both: the ratio is taken within each turn.
-                "speed_up": float(np.median(np.divide(costs.dense_latency[batch].seconds, times.seconds))),
+                "speed_up": speed_up(costs.dense_latency[batch], times),
             }
             for batch, times in costs.latency.items()
         }
