@@ -1,5 +1,6 @@
 """The token methods that a study compares, each at any keep rate on one trained ViT."""
 
+import math
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -74,8 +75,8 @@ def profile(base: Base, images: int) -> Profile:
 
 
 def stages(model: ViT) -> tuple[int, ...]:
-    """The blocks before which DynamicViT decides: after each quarter of the blocks."""
-    return tuple(sorted({model.depth * quarter // 4 for quarter in (1, 2, 3)}))
+    """The blocks before which DynamicViT decides: as soon as a quarter, half and three quarters of them have run."""
+    return tuple(sorted({min(math.ceil(model.depth * quarter / 4), model.depth - 1) for quarter in (1, 2, 3)}))
 
 
 def scorers_of(model: ViT) -> PatchSkip:

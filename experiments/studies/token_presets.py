@@ -20,7 +20,8 @@ class Config:
       series: the methods to compare.
       keep_rates: at which each is measured without training the ViT.
       classifier: keep rates at which DynamicViT's classifier alone is trained behind frozen predictors (report A).
-      joint: keep rates at which DynamicViT is trained as a whole, predictors and ViT.
+      joint: keep rates at which DynamicViT is trained as a whole, predictors and ViT: from the largest down, each on
+        from the one before.
       finetuned: keep rates at which the ViT behind CP-ViT is trained on (report B).
       others_finetuned: the same for ToMe, patch skipping, and CP-ViT and DynamicViT (predictors frozen) that merge.
       predictor_keep: keep rate that DynamicViT's predictors are first trained for, the ViT being frozen.
@@ -28,10 +29,11 @@ class Config:
       scorer_images: of the train split, which scorers learn from; the dense model runs on each once.
       scorer_steps: of training the scorers of one threshold.
       learn_epochs: of training predictors.
-      joint_epochs: of training DynamicViT as a whole.
+      joint_epochs: of training DynamicViT as a whole, at each keep rate.
       epochs: of training on what another method leaves, or the classifier.
       batch_size: images a step.
-      learning_rate: at the start, of the ViT, and of the predictors that are trained jointly with it.
+      learning_rate: at the start, of the ViT or its classifier.
+      joint_learning_rate: of ViT and predictors, where they are trained jointly.
       own_learning_rate: of predictors, where they are trained alone.
       scorer_learning_rate: of scorers.
       calibration_images: from which attention ranges and capacities are taken.
@@ -46,9 +48,9 @@ class Config:
     series: tuple[Series, ...] = ALL
     keep_rates: tuple[float, ...] = NINE
     classifier: tuple[float, ...] = NINE
-    joint: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1)
-    finetuned: tuple[float, ...] = (0.8, 0.7, 0.6)
-    others_finetuned: tuple[float, ...] = (0.5,)
+    joint: tuple[float, ...] = NINE
+    finetuned: tuple[float, ...] = (1.0, *NINE)
+    others_finetuned: tuple[float, ...] = NINE
     predictor_keep: float = 0.5
     cosine_thresholds: tuple[float, ...] = (0.95, 0.9)
     scorer_images: int = 4096
@@ -58,6 +60,7 @@ class Config:
     epochs: float = 1.0
     batch_size: int = 64
     learning_rate: float = 3e-4
+    joint_learning_rate: float = 5e-4
     own_learning_rate: float = 1e-3
     scorer_learning_rate: float = 1e-2
     calibration_images: int = 256
@@ -68,24 +71,30 @@ class Config:
 
 
 _CPU = Config(
-    classifier=(0.5, 0.3, 0.1),
-    joint=(0.5, 0.3, 0.1),
     learn_epochs=0.2,
-    joint_epochs=0.15,
+    joint_epochs=0.25,
     epochs=0.15,
+    learning_rate=2e-4,
     test_images=4000,
-    timed=(0.7, 0.3),
+    timed=(0.9, 0.7, 0.5, 0.3),
     repeats=10,
 )
 _GPU = Config(
-    base="gpu-0", batch_size=512, learning_rate=1e-3, learn_epochs=5, joint_epochs=10, epochs=5, batches=(1, 64, 256)
+    base="gpu-0",
+    batch_size=512,
+    learning_rate=1e-3,
+    joint_learning_rate=1e-3,
+    learn_epochs=5,
+    joint_epochs=4,
+    epochs=5,
+    batches=(1, 64, 256),
 )
 
 PRESETS = {
     "cpu": Preset(
         _CPU,
         "all methods on the small ViT of `vit cpu`, with and without training; the first 4,000 test images",
-        "25 min on one CPU core",
+        "an hour and a half on one core of a busy machine",
         "half of the patches gone for 0.5 to 0.9 points by ToMe, CP-ViT merging and patch skipping, trained on",
     ),
     "training-free": Preset(
@@ -98,6 +107,7 @@ PRESETS = {
         replace(
             _CPU,
             series=("cp-merge", "dynamic-merge"),
+            finetuned=(),
             others_finetuned=(1.0, 0.8, 0.7, 0.6),
             epochs=0.5,
             learning_rate=5e-5,
@@ -111,23 +121,23 @@ PRESETS = {
     "gpu": Preset(
         _GPU,
         "all methods on ViT-S/4 of `vit gpu`, all keep rates, all test images",
-        "an hour on a GPU (not run here)",
+        "three hours on a GPU (not run here)",
         "jointly trained DynamicViT loses less than 2 points at keep rate 0.7",
     ),
     "frozen": Preset(
-        replace(_GPU, series=("dynamic",), joint=(), finetuned=(), others_finetuned=(), epochs=20),
+        replace(_GPU, series=("dynamic",), joint=(), epochs=20),
         "report A's setting, Table 8: frozen predictors, the classifier alone trained for 20 epochs",
         "20 min on a GPU (not run here)",
         "report A: 19 points lost at sparsity 0.5",
     ),
     "joint": Preset(
-        replace(_GPU, series=("dynamic",), classifier=(), joint=NINE, finetuned=(), others_finetuned=()),
+        replace(_GPU, series=("dynamic",), classifier=(), joint_epochs=10),
         "DynamicViT's predictors and ViT trained together at nine keep rates",
         "an hour on a GPU (not run here)",
         "less lost than in the preset `frozen` at every keep rate",
     ),
     "cifar100": Preset(
-        replace(_GPU, base="cifar100", series=("skip",), classifier=(), joint=(), finetuned=()),
+        replace(_GPU, base="cifar100", series=("skip",), others_finetuned=(0.5,)),
         "report C's setting: patch skipping on a base made by `run vit gpu --dataset cifar100 --run-name cifar100`",
         "10 min on a GPU (not run here)",
         "report C: 20 % fewer FLOPs for 4.6 points",
@@ -144,6 +154,7 @@ PRESETS = {
             learn_epochs=8.0,
             joint_epochs=8.0,
             epochs=8.0,
+            learning_rate=3e-4,
             test_images=None,
             timed=(0.6,),
         ),
@@ -157,7 +168,7 @@ PRESETS = {
             base="tiny-0",
             keep_rates=(0.5,),
             classifier=(0.5,),
-            joint=(0.5,),
+            joint=(0.5, 0.75),
             finetuned=(0.5,),
             others_finetuned=(0.5,),
             cosine_thresholds=(0.95,),

@@ -97,7 +97,7 @@ def check(config: Config) -> None:
         raise ValueError(f"test_images must be at least 1, or None for all, got {config.test_images}")
     if bad := [batch for batch in config.batches if batch < 1]:
         raise ValueError(f"batches must be at least 1, got {bad}")
-    rates = ("learning_rate", "own_learning_rate", "scorer_learning_rate")
+    rates = ("learning_rate", "joint_learning_rate", "own_learning_rate", "scorer_learning_rate")
     for name in ("learn_epochs", "joint_epochs", "epochs", *rates):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {getattr(config, name)}")
@@ -186,8 +186,9 @@ class _Study:
             for keep in config.classifier:
                 make = partial(self._finetune, "dynamic", keep, token_training.classifier)
                 rows.append(self._row(f"classifier-{keep:g}", "dynamic", keep, "classifier", make))
-            for keep in config.joint:
-                rows.append(self._row(f"joint-{keep:g}", "dynamic", keep, "joint", partial(self._joint, keep)))
+            for keep in sorted(config.joint, reverse=True):
+                make = partial(self._joint, keep)
+                rows.append(self._row(f"joint-{keep:g}", "dynamic", keep, "joint", make))
         others = ("tome", "cp-merge", "dynamic-merge", "skip")
         wanted = {"cp": config.finetuned, **dict.fromkeys(others, config.others_finetuned)}
         for series in [s for s in config.series if s in wanted]:
@@ -299,13 +300,14 @@ class _Study:
         return learned
 
     def _joint(self, keep: float, own: Run) -> PyTree:
+        """Predictors and ViT trained together, on from those of the next larger keep rate."""
         config = self.config
+        larger = min((k for k in config.joint if k > keep), default=None)
+        start = self._joint(larger, part(self.run, f"joint-{larger:g}")) if larger else self.predictors
         method = token_methods.predictors_of(self.model, keep)
-        plan = _plan(config, config.joint_epochs, config.learning_rate)
+        plan = _plan(config, config.joint_epochs, config.joint_learning_rate)
         loss = token_training.dynamic_loss(method, self.base)
-        return token_training.train(
-            own, self.base, self.predictors, loss, plan, token_training.everything, seed=config.seed
-        )
+        return token_training.train(own, self.base, start, loss, plan, token_training.everything, seed=config.seed)
 
     def _finetune(self, series: Series, keep: float, trained: Callable[[str], bool], own: Run) -> PyTree:
         config, params = self.config, self.params(series)

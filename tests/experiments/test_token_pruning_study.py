@@ -9,13 +9,14 @@ import pytest
 import rich.console
 from study_runs import check_figures_come_from_the_logs, run_preset
 
-from experiments import token_skipping, training
+from experiments import token_skipping, token_training, training
 from experiments.config import Options
+from experiments.parts import part
 from experiments.runs import Run
 from experiments.studies import token_pruning
 from experiments.studies.token_presets import PRESETS
 from experiments.token_figures import decided, names
-from experiments.token_methods import TITLES, reaches
+from experiments.token_methods import TITLES, reaches, stages
 from experiments.token_training import classifier
 from experiments.trained import Base
 from prune_jax.models import ViT
@@ -32,6 +33,7 @@ def test_all_methods_on_a_tiny_vit(tmp_path) -> None:
     assert {series for series, _ in found} == set(TITLES)
     assert {"none", "classifier", "joint", "ViT"} == {trained for _, trained in found}
     assert {series for series, trained in found if trained == "ViT"} == set(TITLES) - {"dynamic"}
+    assert [row["keep"] for row in metrics["rows"] if row["trained"] == "joint"] == [0.75, 0.5]
     for row in metrics["rows"]:
         assert row["flops"] < metrics["dense"]["flops"]
         assert 0 <= row["accuracy"] <= row["top5_accuracy"] <= 100
@@ -41,6 +43,23 @@ def test_all_methods_on_a_tiny_vit(tmp_path) -> None:
     (directory / "result.json").unlink()
     again = run_preset(tmp_path, "token-pruning")[1]
     assert again["metrics"] == metrics
+
+
+def test_joint_training_goes_on_from_the_next_larger_keep_rate(tmp_path, monkeypatch) -> None:
+    study = object.__new__(token_pruning._Study)
+    study.config = dataclasses.replace(PRESETS["tiny"].config, joint=(0.2, 0.8, 0.5))
+    study.run = Run("token-pruning", "tiny", tmp_path, Options(), rich.console.Console(quiet=True), ())
+    study.model, study.base, study.predictors = ViT(num_classes=3, image_size=8, patch=2, depth=4), None, ["predictors"]
+    monkeypatch.setattr(
+        token_training, "train", lambda own, base, start, *_, seed: [*start, (own.directory.name, seed)]
+    )
+    learned = study._joint(0.2, part(study.run, "joint-0.2"))
+    assert learned == ["predictors", ("joint-0.8", 0), ("joint-0.5", 0), ("joint-0.2", 0)]
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(12, (3, 6, 9)), (6, (2, 3, 5)), (4, (1, 2, 3)), (2, (1,)), (1, (0,))])
+def test_dynamic_vit_decides_once_each_quarter_has_run(depth, blocks) -> None:
+    assert stages(ViT(num_classes=3, image_size=8, patch=2, depth=depth)) == blocks
 
 
 def check_thresholds(metrics: dict) -> None:

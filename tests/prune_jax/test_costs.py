@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from prune_jax import apply_masks, count_parameters, flops, latency, make_masks, scores
+from prune_jax import apply_masks, count_parameters, flops, latencies, latency, make_masks, scores, speed_up
 from prune_jax.models import Swin, ViT
 from prune_jax.tokens import CPViT, DynamicViT, PatchSkip, SwinPatchSkip, ToMe
 
@@ -243,3 +243,14 @@ def test_latency_measures_calls_and_compilation():
     assert times.compile > 0
     with pytest.raises(ValueError, match="repeats"):
         latency(slow, 1.0, repeats=0)
+
+
+def test_a_speed_up_is_taken_within_each_turn() -> None:
+    """A machine that becomes ten times slower half-way, in the middle of a turn or between turns, changes little."""
+    of = latencies({"a": (lambda x: x, [jnp.ones(2)])}, repeats=5)["a"]
+    slow = of._replace(seconds=(2.0, 2.0, 20.0, 20.0, 20.0))
+    fast = of._replace(seconds=(1.0, 1.0, 10.0, 10.0, 10.0))
+    assert speed_up(slow, fast) == 2.0
+    assert speed_up(slow, fast._replace(seconds=(1.0, 10.0, 10.0, 10.0, 10.0))) == 2.0
+    with pytest.raises(ValueError, match="as many calls each, got 5 and 2"):
+        speed_up(slow, fast._replace(seconds=(1.0, 2.0)))
