@@ -40,8 +40,8 @@ class EncoderBlock(Block):
     Methods that change which tokens a block computes, or how they attend, put it together from its parts::
 
         q, k, v = block.attention.project(block.norm1(x))
-        p = block.attention.probabilities(q, k)
-        x = block.add(x, block.attention.combine(p, v), train=train)
+        e = block.attention.exponentials(q, k)
+        x = block.add(x, block.attention.combine(e, v), train=train)
         x = block.feed_forward(x, train=train)  # the same as block(x, train=train)
     """
 
@@ -49,7 +49,7 @@ class EncoderBlock(Block):
     token_axes = (1, 2)
 
     def __call__(self, x: Array, *, weights: Array | None = None, train: bool = False) -> Array:
-        """Tokens (B, N, D) -> (B, N, D); `weights` as `Attention.probabilities` takes them."""
+        """Tokens (B, N, D) -> (B, N, D); `weights` as `Attention.exponentials` takes them."""
         x = self.add(x, self.attention(self.norm1(x), weights=weights), train=train)
         return self.feed_forward(x, train=train)
 

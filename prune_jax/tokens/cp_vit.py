@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jax import Array
 
-from prune_jax.models.layers import each_layer, plain
+from prune_jax.models.layers import each_layer, normalised, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
 from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
@@ -91,9 +91,9 @@ class CPViT(TokenMethod):
         owners = []
         for block, count in zip(self.model.blocks, self.counts, strict=True):
             q, k, v = block.attention.project(block.norm1(tokens.x))
-            p = block.attention.probabilities(q, k, weights=tokens.weights)
-            tokens = tokens._replace(x=block.add(tokens.x, block.attention.combine(p, v), train=train))
-            scores = scores + self._informativeness(p)
+            e = block.attention.exponentials(q, k, weights=tokens.weights)
+            tokens = tokens._replace(x=block.add(tokens.x, block.attention.combine(e, v), train=train))
+            scores = scores + self._informativeness(normalised(e))
             if count < tokens.patch.shape[1]:
                 kept, _ = state.split(scores, count)
                 tokens, scores = state.keep(tokens, scores, count, merge=self.merge), state.take(scores, kept)
@@ -151,8 +151,9 @@ def attention_profile(model: ViT, images: Array) -> AttentionProfile:
     maps, ranges, patches, heads = [], [], [], []
     for block in model.blocks:
         q, k, v = block.attention.project(block.norm1(x))
-        p = block.attention.probabilities(q, k)
-        x = block.feed_forward(block.add(x, block.attention.combine(p, v)))
+        e = block.attention.exponentials(q, k)
+        x = block.feed_forward(block.add(x, block.attention.combine(e, v)))
+        p = normalised(e)
         among = p[:, :, prefix:, prefix:]
         among = among / among.sum(axis=-1, keepdims=True)
         informativeness = patch_informativeness(p, prefix)

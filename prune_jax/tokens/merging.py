@@ -76,7 +76,7 @@ class ToMe(TokenMethod):
         for block, r in zip(self.model.blocks, self.merged, strict=True):
             q, k, v = block.attention.project(block.norm1(tokens.x))
             weights = tokens.weights if self.proportional else None
-            mixed = block.attention.combine(block.attention.probabilities(q, k, weights=weights), v)
+            mixed = block.attention.combine(block.attention.exponentials(q, k, weights=weights), v)
             tokens = tokens._replace(x=block.add(tokens.x, mixed, train=train))
             if r > 0:
                 tokens = match_and_merge(tokens, widen(k).mean(axis=1), r)

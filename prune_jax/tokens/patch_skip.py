@@ -201,7 +201,7 @@ def compute_some(
         q, k, v = block.attention.project_apart(state.take(normed, index), normed)
     else:
         q, k, v = block.attention.project(state.take(normed, index))
-    mixed = block.attention.combine(block.attention.probabilities(q, k, bias=bias), v)
+    mixed = block.attention.combine(block.attention.exponentials(q, k, bias=bias), v)
     some, shape = state.take(x, index), mixed.shape
     if windows:
         some, mixed = (rearrange(t, "(b w) k d -> b w k d", w=windows) for t in (some, mixed))

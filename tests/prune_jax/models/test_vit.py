@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from prune_jax.models import ViT, vit
+from prune_jax.models.layers import normalised
 
 MODEL = ViT(num_classes=3, image_size=(8, 12), patch=4, width=12, depth=2, heads=3)
 IMAGES = np.random.default_rng(1).standard_normal((2, 8, 12, 3)).astype(np.float32)
@@ -31,7 +32,7 @@ def test_parts_by_hand_are_the_model():
         x = model.embed(images)
         for block in model.blocks:
             q, k, v = block.attention.project(block.norm1(x))
-            x = block.add(x, block.attention.combine(block.attention.probabilities(q, k), v))
+            x = block.add(x, block.attention.combine(block.attention.exponentials(q, k), v))
             x = block.feed_forward(x)
         return model.head(x)
 
@@ -50,6 +51,33 @@ def test_a_module_may_hold_a_vit_and_run_its_blocks():
 
     y = run(Half(MODEL), {"params": {"backbone": VARIABLES["params"]}}, IMAGES)
     np.testing.assert_allclose(y, run(MODEL, VARIABLES, IMAGES, method=first_block), atol=1e-6)
+
+
+def test_attention_is_the_softmax_of_its_scaled_products_times_the_values():
+    """Values and gradients, at logits far beyond what exp holds."""
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, 5, 12)), jnp.float32)
+    attention = MODEL.bind(VARIABLES).blocks[0].attention
+    parts = {"qkv": attention.qkv.variables["params"], "proj": attention.proj.variables["params"]}
+
+    def linear(x, layer):
+        return x @ layer["kernel"] + layer["bias"][None, None]
+
+    def by_hand(x, bias):
+        q, k, v = jnp.split(linear(x, parts["qkv"]).reshape(2, 5, attention.heads, -1), 3, -1)
+        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) * attention.scale + bias
+        mixed = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), v).reshape(2, 5, -1)
+        return linear(mixed, parts["proj"])
+
+    def ours(x, bias):
+        return attention(x, bias=bias)
+
+    bias = jnp.broadcast_to(jnp.asarray([0.0, 300.0, -300.0, 1.0, 300.5]), (1, attention.heads, 5, 5))
+    value, gradients = (
+        jax.jit(of)(x, bias) for of in (by_hand, jax.grad(lambda *a: jnp.sin(by_hand(*a)).sum(), (0, 1)))
+    )
+    np.testing.assert_allclose(jax.jit(ours)(x, bias), value, atol=1e-6)
+    found = jax.jit(jax.grad(lambda *a: jnp.sin(ours(*a)).sum(), (0, 1)))(x, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, gradients)
 
 
 def test_weight_zero_removes_a_token_and_weight_two_doubles_it():
@@ -71,7 +99,8 @@ def test_a_removed_token_with_a_huge_logit_leaves_no_nan():
     def first_key(w, k):
         weights = jnp.stack([1.0, w])[None, None, None]
         return MODEL.apply(
-            VARIABLES, method=lambda m: m.blocks[0].attention.probabilities(q, k, weights=weights)[..., 0].sum()
+            VARIABLES,
+            method=lambda m: normalised(m.blocks[0].attention.exponentials(q, k, weights=weights))[..., 0].sum(),
         )
 
     value, gradients = jax.jit(jax.value_and_grad(first_key, (0, 1)))(0.0, k)

@@ -7,6 +7,7 @@ import pytest
 from token_models import IMAGES, MODEL, VARIABLES, run
 
 from prune_jax import flops
+from prune_jax.models.layers import normalised
 from prune_jax.tokens import CPViT, attention_profile, attention_range, cut_heads, layer_ratios, least_heads, wrap
 
 WRAPPED = {"params": {"model": VARIABLES["params"]}}
@@ -19,7 +20,7 @@ def by_hand(model, images, cuts):
     for block, cut in zip(model.blocks, cuts, strict=True):
         seen = jnp.pad(alive, ((0, 0), (1, 0)), constant_values=True)
         q, k, v = block.attention.project(block.norm1(x))
-        p = block.attention.probabilities(q, k, weights=seen[:, None, None].astype(float))
+        p = normalised(block.attention.exponentials(q, k, weights=seen[:, None, None].astype(float)))
         x = block.add(x, block.attention.combine(p, v))
         of_queries = jnp.where(seen[:, None, :, None], p, 0)[..., 1:]
         scores = scores + of_queries.max(axis=2).sum(axis=1)
@@ -62,7 +63,7 @@ def test_the_profile_is_what_the_attention_shows():
     def first_block(model, images):
         block = model.blocks[0]
         q, k, _ = block.attention.project(block.norm1(model.embed(images)))
-        return block.attention.probabilities(q, k)
+        return normalised(block.attention.exponentials(q, k))
 
     p = np.asarray(MODEL.apply(VARIABLES, IMAGES, method=first_block))
     best = p[..., 1:].max(2)
@@ -111,7 +112,7 @@ def test_heads_cut_are_heads_switched_off():
         for block, heads in zip(model.blocks, kept, strict=True):
             q, k, v = block.attention.project(block.norm1(x))
             on = jnp.zeros(3).at[jnp.array(heads)].set(1)[None, :, None, None]
-            x = block.feed_forward(block.add(x, block.attention.combine(on * block.attention.probabilities(q, k), v)))
+            x = block.feed_forward(block.add(x, block.attention.combine(block.attention.exponentials(q, k), on * v)))
         return model.head(x)
 
     np.testing.assert_allclose(run(small, cut, IMAGES), run(MODEL, VARIABLES, IMAGES, method=switched), atol=1e-5)

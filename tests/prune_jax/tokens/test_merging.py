@@ -71,7 +71,7 @@ def test_proportional_attention_counts_a_token_once_for_each_patch():
         model = module.model
         block, x = model.blocks[0], model.embed(images)
         q, k, v = block.attention.project(block.norm1(x))
-        x = block.add(x, block.attention.combine(block.attention.probabilities(q, k), v))
+        x = block.add(x, block.attention.combine(block.attention.exponentials(q, k), v))
         tokens = match_and_merge(Tokens(x, *[jnp.broadcast_to(jnp.arange(16)[None], (2, 16))] * 2), k.mean(1), 8)
         place = jnp.argmax(tokens.patch[:, None] == tokens.owner[..., None], axis=-1)
         patches = jnp.take_along_axis(tokens.x[:, 1:], place[..., None], axis=1)
