@@ -1,6 +1,7 @@
 """The token methods that a study compares, each at any keep rate on one trained ViT."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -18,11 +19,11 @@ from prune_jax.tokens import (
     ToMe,
     attention_profile,
     capacities,
-    layer_ratios,
     merge_counts,
     wrap,
 )
 
+Ratios = Callable[[float], tuple[float, ...]]
 Series = Literal["tome", "cp", "cp-merge", "dynamic", "dynamic-merge", "skip"]
 TITLES: dict[str, str] = {
     "tome": "ToMe",
@@ -89,7 +90,7 @@ def predictors_of(model: ViT, keep: float, *, merge: bool = False) -> DynamicViT
     return DynamicViT(model, stages(model), keep, merge)
 
 
-def build(series: Series, keep: float, model: ViT, ranges: tuple[float, ...], scores: np.ndarray) -> TokenMethod:
+def build(series: Series, keep: float, model: ViT, ratios: Ratios, scores: np.ndarray) -> TokenMethod:
     """A method at a keep rate.
 
     What the rate means: DynamicViT keeps that fraction of its tokens at each of its stages (report A); of the others it
@@ -99,13 +100,13 @@ def build(series: Series, keep: float, model: ViT, ranges: tuple[float, ...], sc
       series: which method.
       keep: the rate, in (0, 1].
       model: the base's ViT.
-      ranges: attention range of each block.
+      ratios: CP-ViT's of each block, of the fraction that is gone in the mean.
       scores: of the scorers on calibration images (B, depth, patches).
     """
     if series == "tome":
         return ToMe(model, merge_counts(model.grid[0] * model.grid[1], model.depth, keep))
     if series in ("cp", "cp-merge"):
-        return CPViT(model, layer_ratios(ranges, 1 - keep), merge=series == "cp-merge")
+        return CPViT(model, ratios(1 - keep), merge=series == "cp-merge")
     if series in ("dynamic", "dynamic-merge"):
         return predictors_of(model, keep, merge=series == "dynamic-merge")
     return PatchSkip(model, capacities(scores, keep))

@@ -36,6 +36,7 @@ class Config:
       joint_learning_rate: of ViT and predictors, where they are trained jointly.
       own_learning_rate: of predictors, where they are trained alone.
       scorer_learning_rate: of scorers.
+      sharpness: of CP-ViT's ratios, by which blocks of long attention range drop more; see `layer_ratios`.
       calibration_images: from which attention ranges and capacities are taken.
       test_images: only the first so many of the test split; None: all.
       timed: keep rates, among `keep_rates`, at which latency is measured.
@@ -63,6 +64,7 @@ class Config:
     joint_learning_rate: float = 5e-4
     own_learning_rate: float = 1e-3
     scorer_learning_rate: float = 1e-2
+    sharpness: float = 4.0
     calibration_images: int = 256
     test_images: int | None = None
     timed: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3)

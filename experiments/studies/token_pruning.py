@@ -98,7 +98,7 @@ def check(config: Config) -> None:
     if bad := [batch for batch in config.batches if batch < 1]:
         raise ValueError(f"batches must be at least 1, got {bad}")
     rates = ("learning_rate", "joint_learning_rate", "own_learning_rate", "scorer_learning_rate")
-    for name in ("learn_epochs", "joint_epochs", "epochs", *rates):
+    for name in ("sharpness", "learn_epochs", "joint_epochs", "epochs", *rates):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {getattr(config, name)}")
 
@@ -136,6 +136,7 @@ class _Study:
         self.model = token_methods.vit_of(base)
         self.test = data.Split(base.test.images[: config.test_images], base.test.labels[: config.test_images])
         self.profile: Profile = token_methods.profile(base, config.calibration_images)
+        self.ratios = partial(layer_ratios, self.profile.ranges, sharpness=config.sharpness)
         self.inputs = token_methods.calibration(base, config.calibration_images)
         scorers = token_methods.scorers_of(self.model)
         self._watch = jax.jit(lambda params, x: scorers.apply({"params": params}, x, method="watch"))
@@ -149,7 +150,7 @@ class _Study:
 
     def build(self, series: Series, keep: float) -> TokenMethod:
         scores = self.seen.scores if self.seen is not None else np.zeros((1, 1, 1))
-        return token_methods.build(series, keep, self.model, self.profile.ranges, scores)
+        return token_methods.build(series, keep, self.model, self.ratios, scores)
 
     def params(self, series: Series) -> PyTree:
         """The base's parameters with what the method has learned beside it."""
@@ -216,10 +217,10 @@ class _Study:
         def make(own: Run) -> Row:
             del own
             number = len(self.profile.heads[0])
-            ratios = layer_ratios(self.profile.ranges, min(1.2 / number, 0.5))  # one or two heads gone by the end
+            ratios = self.ratios(min(1.2 / number, 0.5))  # one or two heads gone by the end
             kept = least_heads([jnp.asarray(h) for h in self.profile.heads], ratios)
             model, cut = cut_heads(self.model, {"params": self.base.params}, kept)
-            method = CPViT(model, layer_ratios(self.profile.ranges, 0.2), merge=True)
+            method = CPViT(model, self.ratios(0.2), merge=True)
             params = {"model": cut["params"]}
             row = {"kept": [list(h) for h in kept], "patch_ratio": 0.2}
             return {**row, **self._measured(method, params), "alone": self._measured(CPViT(model), params)}

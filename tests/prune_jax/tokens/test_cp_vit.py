@@ -91,16 +91,17 @@ def test_attention_range():
     assert attention_range(a, grid) == pytest.approx(stripes / (stripes + diagonal), rel=1e-4)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 2.0])
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.8])
-def test_layer_ratios_reach_the_ratio(ratio):
-    ratios = layer_ratios([0.2, 0.5, 0.1, 0.0], ratio)
+def test_layer_ratios_reach_the_ratio(ratio, sharpness):
+    ratios = layer_ratios([0.2, 0.5, 0.1, 0.0], ratio, sharpness=sharpness)
     gone = np.cumsum(ratios)
     assert gone.mean() == pytest.approx(ratio, abs=1e-6)
     assert min(ratios) >= 0
     assert gone[-1] < 1
     assert ratios[3] == 0
     if 0 < gone[-1] < 0.94:
-        assert ratios[1] / ratios[0] == pytest.approx(2.5)
+        assert ratios[1] / ratios[0] == pytest.approx(2.5**sharpness)
 
 
 def test_heads_cut_are_heads_switched_off():
@@ -148,6 +149,8 @@ def test_bad_calibrations_are_named():
         layer_ratios([0.0, 1.0], 0.5)
     with pytest.raises(ValueError, match="ranges must not be negative"):
         layer_ratios([-1.0, 1.0], 0.5)
+    with pytest.raises(ValueError, match="sharpness must be above 0 and finite, got 0"):
+        layer_ratios([1.0, 1.0], 0.5, sharpness=0)
     with pytest.raises(ValueError, match=r"kept\[1\] must name one or more of 3 heads, got \(\)"):
         cut_heads(MODEL, VARIABLES, ((0,), (), (1,)))
     with pytest.raises(ValueError, match=r"kept\[0\] must name one or more of 3 heads, got \(3,\)"):
