@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prune_jax.costs import Latency, flops, latencies
+from prune_jax.costs import flops
 from prune_jax.models.vit import ViT
+from prune_jax.timing import Latency, latencies
 from prune_jax.tokens.state import NOBODY, positions
 from prune_jax.tree import check_count
 
