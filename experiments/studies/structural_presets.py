@@ -93,7 +93,9 @@ _CPU_SHORT = replace(
     ways=("recovered",),
     epochs=0.25,
 )
-_CPU_CNN = replace(_CPU, base_epochs=3.0, epochs=0.25)
+_CPU_CNN = replace(
+    _CPU, base_epochs=3.0, epochs=0.25, learning_rate=2e-3, finetuned=(0.3, 0.5, 0.7, 0.9), contrasted=(0.5,)
+)
 _GPU = Config(base="gpu-0", calibration=4096, round_to=8, batch_size=512, learning_rate=1e-3, latency_batch=256)
 
 PRESETS = {
