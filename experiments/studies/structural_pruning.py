@@ -25,7 +25,7 @@ from experiments.studies.structural_presets import Arm, Config, Way
 from experiments.tables import counted
 from experiments.trained import Base, load_base
 from prune_jax import count_parameters, flops, latencies, speed_up
-from prune_jax.graph import group_regulariser, prune, recover
+from prune_jax.graph import apply_plan, group_regulariser, prune, recover
 
 SUMMARY = "Cut whole units out of a trained ViT, Swin or CNN, recover without training, then fine-tune"
 
@@ -65,9 +65,12 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     for arm in config.arms:
         subject = subject_of("taylor" if arm in TABLES else arm)
         for ratio in config.ratios if arm in TABLES else config.compared:
-            record = recorded(run, f"{arm}-{ratio:g}", partial(_part, config, subject, arm, ratio))
+            record = recorded(run, _part_name(arm, ratio), partial(_part, config, subject, arm, ratio))
             parts.append(record)
             run.console.print(_summary(record), markup=False, highlight=False, soft_wrap=True)
+    plans = {name: run.directory / name / "plan.json" for name in (_part_name(p["arm"], p["ratio"]) for p in parts)}
+    times = recorded(run, "latency", partial(_latencies, config, base, plans))
+    parts = [record | {"latency": times[_part_name(record["arm"], record["ratio"])]} for record in parts]
     metrics = {"dense": dense, "parts": parts, "name": _name(config), "coupled": structural.coupled_layers(base)}
     return {
         "metrics": metrics,
@@ -108,6 +111,10 @@ def check(config: Config) -> None:
 
 def _name(config: Config) -> str:
     return config.base if config.network == "trained" else config.network
+
+
+def _part_name(arm: str, ratio: float) -> str:
+    return f"{arm}-{ratio:g}"
 
 
 def _plan(config: Config, epochs: float, *, distillation: float = 0.0) -> FineTuning:
@@ -179,7 +186,6 @@ def _part(config: Config, subject: Subject, arm: Arm, ratio: float, run: Run) ->
         "arm": arm,
         "ratio": ratio,
         **_costs(model, pruned.params, base),
-        "latency": _latency(config, base, model, pruned.params),
         "widths": structural.kept_widths(pruned.plan),
         "cut": _percent(base, model, pruned.params),
         "recovered": _percent(base, model, recovered),
@@ -217,17 +223,22 @@ def _costs(model: Any, variables: Any, base: Base) -> dict[str, int]:
     }
 
 
-def _latency(config: Config, base: Base, model: Any, variables: Any) -> dict[str, float]:
-    """Median milliseconds of a batch through the dense network and the cut one, which take turns, and its speed-up."""
+def _latencies(config: Config, base: Base, plans: dict[str, Path], run: Run) -> dict[str, dict[str, float]]:
+    """For each cut median milliseconds of a batch through the dense network and the cut one, and the speed-up.
+
+    A part of its own, measured after all training: where the machine was busy, this part alone can be made again.
+    """
+    del run
     inputs = base.prepare(jnp.asarray(base.train.images[: config.latency_batch]))
-    networks = {"dense": (base.model, base.variables), "cut": (model, variables)}
-    found = latencies(
-        {name: (structural.evaluated(net), (weights, inputs)) for name, (net, weights) in networks.items()},
-        repeats=config.latency_calls,
-    )
-    return {name: 1e3 * times.median for name, times in found.items()} | {
-        "speed_up": speed_up(found["dense"], found["cut"])
-    }
+    dense = structural.evaluated(base.model), (base.variables, inputs)
+    measured = {}
+    for name, path in plans.items():
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        cut = structural.evaluated(structural.cut_model(base, plan)), (apply_plan(plan, base.variables), inputs)
+        found = latencies({"dense": dense, "cut": cut}, repeats=config.latency_calls)
+        milliseconds = {kind: 1e3 * times.median for kind, times in found.items()}
+        measured[name] = milliseconds | {"speed_up": speed_up(found["dense"], found["cut"])}
+    return measured
 
 
 def _percent(base: Base, model: Any, variables: Any) -> dict[str, float]:

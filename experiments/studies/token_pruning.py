@@ -49,11 +49,13 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     finetuning.check(_plan(config, config.epochs, config.learning_rate), len(base.train.labels))
     study = _Study(config, base, run)
     rows = study.untrained() + study.trained()
+    thresholds = study.thresholds()
+    study.add_latencies(rows, thresholds)
     metrics = {
         "dataset": base.config.dataset,
         "dense": study.dense(),
         "rows": rows,
-        "thresholds": study.thresholds(),
+        "thresholds": thresholds,
         "heads": study.heads(),
         "profile": token_figures.summary(study.profile),
         "similarity": study.similarity(),
@@ -209,6 +211,32 @@ class _Study:
                 rows += [by_threshold, recorded(self.run, f"{name}-capacity", fixed)]
         return rows
 
+    def add_latencies(self, rows: list[Row], thresholds: list[Row]) -> None:
+        """Adds the latency to untrained rows at the keep rates that are timed, and to those of fixed capacity.
+
+        A part of its own, measured after all training: where the machine was busy, this part alone can be made again.
+        """
+        methods = {
+            f"{row['series']}-{row['keep']:g}": (
+                row,
+                self.build(row["series"], row["keep"]),
+                self.params(row["series"]),
+            )
+            for row in rows
+            if row["trained"] == "none" and row["keep"] in self.config.timed
+        }
+        for row in thresholds:
+            if row["form"] == "capacity":
+                t, attend = row["cosine_threshold"], row["attend"]
+                methods[f"threshold-{t:g}-{attend}"] = row, self._of_capacity(attend, row["kept"]), self.scorers[t]
+
+        def make(own: Run) -> Row:
+            del own
+            return {name: self._latency(method, params) for name, (_, method, params) in methods.items()}
+
+        for name, times in recorded(self.run, "latency", make).items():
+            methods[name][0]["latency"] = times
+
     def heads(self) -> Row | None:
         """CP-ViT's cascade of heads, alone and with a fifth of the patches merged."""
         if "cp" not in self.config.series or len({len(h) for h in self.profile.heads}) > 1:
@@ -248,10 +276,7 @@ class _Study:
     def _row(self, name: str, series: Series, keep: float, trained: str, make: Callable[[Run], PyTree]) -> Row:
         def record(own: Run) -> Row:
             method, params = self.build(series, keep), make(own)
-            row = {"series": series, "keep": keep, "trained": trained, **self._measured(method, params)}
-            if trained == "none" and keep in self.config.timed:
-                row["latency"] = self._latency(method, params)
-            return row
+            return {"series": series, "keep": keep, "trained": trained, **self._measured(method, params)}
 
         return recorded(self.run, name, record)
 
@@ -339,7 +364,7 @@ class _Study:
         """Each block computes for every image as many patches as the threshold gives it in the mean."""
         del own
         params, patches = self.scorers[cosine_threshold], self.model.grid[0] * self.model.grid[1]
-        method = PatchSkip(self.model, tuple(max(share, 1 / patches) for share in kept), attend=cast(Any, attend))
+        method = self._of_capacity(attend, kept)
         return {
             "form": "capacity",
             "cosine_threshold": cosine_threshold,
@@ -347,8 +372,12 @@ class _Study:
             **self._measured(method, params),
             "patches": patches,
             "patches_skipped": patches - float(np.mean(method.counts)),
-            "latency": self._latency(method, params),
+            "kept": kept,
         }
+
+    def _of_capacity(self, attend: str, kept: list[float]) -> PatchSkip:
+        patches = self.model.grid[0] * self.model.grid[1]
+        return PatchSkip(self.model, tuple(max(share, 1 / patches) for share in kept), attend=cast(Any, attend))
 
     def _flops(self, method: nn.Module, params: PyTree) -> int:
         """Of one image."""
