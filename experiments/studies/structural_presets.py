@@ -108,8 +108,8 @@ PRESETS = {
     "cpu-full": Preset(
         _CPU,
         "the same at nine ratios, with other scores, with the group regulariser and with a teacher",
-        "50 min on one core of a busy machine",
-        "0.3 points lost at 50 % of the units by recovery alone, 2.6 at 70 %; with a teacher 0.1 at 50 %",
+        "80 min on one core of a busy machine",
+        "0.4 points lost at 50 % of the units by recovery alone, 3.2 at 70 %; with a teacher 0.1 and 2.1",
     ),
     "gpu": Preset(
         _GPU,
