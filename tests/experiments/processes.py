@@ -1,11 +1,16 @@
 """A command in a process of its own."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+
+# A background job of a shell ignores Ctrl-C, and so would the commands that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Command:
@@ -18,8 +23,9 @@ class Command:
         self.send_signal, self.poll = self._process.send_signal, self._process.poll
 
     def finish(self, timeout=300):
-        try:
-            said, _ = self._process.communicate(timeout=timeout)
-        finally:
-            self._process.kill()
-        return self._process.returncode, said
+        with self._process as process:
+            try:
+                said, _ = process.communicate(timeout=timeout)
+            finally:
+                process.kill()
+        return process.returncode, said
