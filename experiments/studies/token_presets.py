@@ -97,13 +97,13 @@ PRESETS = {
         _CPU,
         "all methods on the small ViT of `vit cpu`, with and without training; the first 4,000 test images",
         "an hour and a half on one core of a busy machine",
-        "half of the patches gone for 0.5 to 0.9 points by ToMe, CP-ViT merging and patch skipping, trained on",
+        "half of the patches gone for 0.3 to 1.1 points by CP-ViT merging, ToMe and patch skipping, trained on",
     ),
     "training-free": Preset(
         replace(_CPU, series=("tome", "cp", "cp-merge"), classifier=(), joint=(), finetuned=(), others_finetuned=()),
         "ToMe and CP-ViT, dropping and merging, on the small ViT of `vit cpu`: nothing is trained",
         "4 min on one CPU core",
-        "67.7 % dense; merging loses at most 0.2 points down to keep rate 0.5, dropping 1.2 at 0.8 and 3.6 at 0.6",
+        "67.7 % dense; merging loses at most 0.4 points down to keep rate 0.5, dropping 1.1 at 0.8 and 3.5 at 0.6",
     ),
     "merging": Preset(
         replace(
