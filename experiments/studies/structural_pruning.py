@@ -61,16 +61,16 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     dense = recorded(run, "dense", partial(_dense, config, base))
     batches = structural.calibration(base, config.calibration)
     subject_of = functools.cache(partial(_subject, config, run, base, batches))
-    parts = []
+    made = {}
     for arm in config.arms:
         subject = subject_of("taylor" if arm in TABLES else arm)
         for ratio in config.ratios if arm in TABLES else config.compared:
-            record = recorded(run, _part_name(arm, ratio), partial(_part, config, subject, arm, ratio))
-            parts.append(record)
-            run.console.print(_summary(record), markup=False, highlight=False, soft_wrap=True)
-    plans = {name: run.directory / name / "plan.json" for name in (_part_name(p["arm"], p["ratio"]) for p in parts)}
+            name = f"{arm}-{ratio:g}"
+            made[name] = recorded(run, name, partial(_part, config, subject, arm, ratio))
+            run.console.print(_summary(made[name]), markup=False, highlight=False, soft_wrap=True)
+    plans = {name: run.directory / name / "plan.json" for name in made}
     times = recorded(run, "latency", partial(_latencies, config, base, plans))
-    parts = [record | {"latency": times[_part_name(record["arm"], record["ratio"])]} for record in parts]
+    parts = [record | {"latency": times[name]} for name, record in made.items()]
     metrics = {"dense": dense, "parts": parts, "name": _name(config), "coupled": structural.coupled_layers(base)}
     return {
         "metrics": metrics,
@@ -111,10 +111,6 @@ def check(config: Config) -> None:
 
 def _name(config: Config) -> str:
     return config.base if config.network == "trained" else config.network
-
-
-def _part_name(arm: str, ratio: float) -> str:
-    return f"{arm}-{ratio:g}"
 
 
 def _plan(config: Config, epochs: float, *, distillation: float = 0.0) -> FineTuning:
