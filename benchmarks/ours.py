@@ -94,7 +94,7 @@ def score(clock: Iterator[None], s: Setting, criterion: str) -> None:
     from experiments.models.resnet import resnet20
     from prune_jax import scores
 
-    model = resnet20(projection=True, last_scale=1.0, method="no-loop")
+    model = resnet20(projection=True, method="no-loop")
     inputs = jax.random.normal(jax.random.key(1), (s.batch, s.size, s.size, s.channels))
     labels = jnp.arange(s.batch) % 10
     variables = jax.jit(model.init)(jax.random.key(0), inputs)

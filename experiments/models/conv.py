@@ -1,5 +1,6 @@
 """The convolution of all CNNs here: the parameters of `flax.linen.Conv`, computed the fast way on each platform."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -113,9 +114,17 @@ def for_steps(model: nn.Module, steps_per_call: int) -> nn.Module:
 def max_pool(x: Array, window: int = 2) -> Array:
     """Largest value of each `window` x `window` tile of (B, H, W, C); a remainder at the far edges is dropped.
 
-    Tiles do not overlap, so that this is a reshape: on CPU the gradient of `nn.max_pool` is much slower.
+    Its gradient goes to the first of equals. A choice between entries, two at a time: the gradient of `nn.max_pool` is
+    much slower on CPU, and that of `max` divides by the number of entries that equal the maximum, which is none where
+    XLA computes them twice and rounds differently.
     """
-    return _tiles(x, window).max((2, 4))
+    tiles = _tiles(x, window)
+    entries = [tiles[:, :, row, :, column] for row in range(window) for column in range(window)]
+    return functools.reduce(_larger, entries)
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def mean_pool(x: Array) -> Array:

@@ -25,8 +25,9 @@ class ResNet(nn.Module):
       classes: number of logits.
       widths: for each block of each stage, the channels of its convolutions, as a pruned network has them (the last one
         of a block has those of its stage); None as `features` says.
-      last_scale: where the scale of each block's last normalisation starts; at zero a block starts as its shortcut, and
-        no gradient reaches its convolutions in the first step.
+      last_scale: where the scale of each block's last normalisation starts. At zero (Goyal et al. 2017,
+        arXiv:1706.02677, section 5.1) a block starts as its shortcut. That needs `projection`: where the shortcut is
+        padded, a zero scale leaves channels at zero, where ReLU passes no gradient, for ever.
       method: how convolutions are computed, see `convolve`.
     """
 
@@ -36,7 +37,7 @@ class ResNet(nn.Module):
     projection: bool = False
     widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     classes: int = 10
-    last_scale: float = 0.0
+    last_scale: float = 1.0
     method: Method = "auto"
 
     @property
@@ -57,7 +58,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """(B, H, W, C) -> (B, classes)."""
+        """(B, H, W, C) -> (B, classes).
+
+        Raises:
+          ValueError: `widths` are not those of `blocks`, or `last_scale` is zero without `projection`.
+        """
+        if self.last_scale == 0 and not self.projection:
+            raise ValueError("last_scale=0 needs projection=True: padded channels would stay zero for ever")
         conv = partial(Conv, use_bias=False, method=self.method)
         norm = partial(nn.BatchNorm, not train, momentum=0.9)
         x = nn.relu(norm(name="norm1")(conv(self.features, name="conv1")(x)))
@@ -133,4 +140,4 @@ def resnet56(**options: Any) -> ResNet:
 
 def resnet50(**options: Any) -> ResNet:
     """ResNet-50 with a 3x3 stem and no first pooling; options are `ResNet`'s attributes."""
-    return ResNet((3, 4, 6, 3), 64, bottleneck=True, projection=True, **options)
+    return ResNet((3, 4, 6, 3), 64, bottleneck=True, projection=True, **{"last_scale": 0.0, **options})

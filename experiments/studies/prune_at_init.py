@@ -113,7 +113,7 @@ def network(config: Config, classes: int) -> nn.Module:
     if config.model.startswith("resnet"):
         depth = {"resnet8": 1, "resnet20": 3}[config.model]
         (features,) = scale((16,), config.width)
-        return ResNet((depth,) * 3, features, classes=classes, last_scale=1.0)
+        return ResNet((depth,) * 3, features, classes=classes)
     return {"vgg-a": vgg_a, "vgg19": vgg19}[config.model](config.width, classes=classes, hidden=())
 
 

@@ -220,7 +220,8 @@ def _pool(eqn: core.JaxprEqn, operands: list[Any]) -> list[Flow]:
     (signal,) = operands
     flow, exponent = signal.flow
     if signal.value is not None:  # the derivative of a maximum picks the entry that won
-        _, picked = jax.jvp(lambda x: bind(eqn, [x])[0], (widen(signal.value),), (flow,))
+        entries = lax.optimization_barrier(widen(signal.value))  # computed twice they might not equal their maximum
+        _, picked = jax.jvp(lambda x: bind(eqn, [x])[0], (entries,), (flow,))
         return [Flow(picked, exponent)]
     if "axes" in eqn.params:
         return [Flow(flow.sum(eqn.params["axes"]), exponent)]

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.models.conv import Conv, convolve, max_pool
 from experiments.models.lenet import LeNet
-from experiments.models.resnet import resnet20, resnet50, resnet56
+from experiments.models.resnet import ResNet, resnet20, resnet50, resnet56
 from experiments.models.vgg import vgg19, vgg_a
 
 SHAPES = [
@@ -62,7 +62,16 @@ def test_unknown_method_is_refused() -> None:
 
 def test_max_pool_is_that_of_flax() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
-    np.testing.assert_array_equal(max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+    theirs, back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x)
+    ours, our_back = jax.vjp(max_pool, x)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(our_back(jnp.sin(theirs))[0], back(jnp.sin(theirs))[0])
+
+
+def test_max_pool_passes_nan_on_and_divides_by_nothing() -> None:
+    x = jnp.zeros((4, 2, 2, 1)).at[jnp.arange(4), [0, 0, 1, 1], [0, 1, 0, 1]].set(jnp.nan)
+    assert np.isnan(max_pool(x)).all()
+    assert "div" not in str(jax.make_jaxpr(jax.grad(lambda x: max_pool(x).sum()))(x))
 
 
 @pytest.mark.parametrize(
@@ -103,3 +112,30 @@ def test_normalised_models_train_and_measure(model) -> None:
     logits, updated, before, measured = jax.eval_shape(shapes, jax.random.key(0))
     assert logits.shape == measured.shape == (2, 10)
     assert updated == before
+
+
+@pytest.mark.parametrize("model", [ResNet((1, 1), 4), ResNet((1, 1), 4, projection=True, last_scale=0.0)])
+def test_every_channel_of_a_resnet_learns(model) -> None:
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+    variables = model.init(jax.random.key(1), x)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            logits, _ = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return -jax.nn.log_softmax(logits)[:, 0].mean()
+
+        return jax.grad(loss)(params)
+
+    params = variables["params"]
+    for _ in range(2):  # behind scales that start at zero the second step is the first to learn
+        gradients = gradient(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+    for path, leaf in jax.tree.leaves_with_path(gradients):
+        channels = np.abs(np.asarray(leaf)).reshape(-1, leaf.shape[-1]).max(0)
+        assert (channels > 0).all(), jax.tree_util.keystr(path)
+
+
+def test_scales_from_zero_need_a_projection() -> None:
+    with pytest.raises(ValueError, match="last_scale=0 needs projection=True"):
+        ResNet((1, 1), 4, last_scale=0.0).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))

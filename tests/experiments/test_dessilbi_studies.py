@@ -204,7 +204,7 @@ def test_feature_maps_are_what_the_next_layer_sees() -> None:
         found = path_records.feature_maps(model, v, x, ["conv1"])["conv1"]
         assert found == pytest.approx(expected, abs=1e-5)
 
-    model = ResNet((1,), 4, last_scale=1.0)
+    model = ResNet((1,), 4)
     v = variables(model)
     stem = rectified(norm(conv(x, v["params"]["conv1"]["kernel"]), "norm1", v))
     block = {name: v[name]["stage1_block1"] for name in ("params", "batch_stats")}

@@ -52,7 +52,7 @@ def test_what_makes_no_sense_is_refused(changes: dict, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def initial() -> foresight.Initial:
-    model = ResNet((1,), 4, last_scale=1.0)
+    model = ResNet((1,), 4)
     inputs = jax.random.normal(jax.random.key(1), (6, 8, 8, 3))
     variables = jax.jit(model.init)(jax.random.key(0), inputs)
     labels = jnp.arange(6)

@@ -132,7 +132,6 @@ def test_it_needs_its_base(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_cnn_is_trained_then_cut(tmp_path) -> None:
-    jax.config.update("jax_disable_most_optimizations", False)  # so compiled, this CNN's gradient would be NaN
     directory, result = run_preset(tmp_path, "structural-pruning", "tiny-cnn")
     (part,) = result["metrics"]["parts"]
     assert part["parameters"] < result["metrics"]["dense"]["parameters"]
