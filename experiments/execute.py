@@ -44,15 +44,16 @@ def execute(study_name: str, preset_name: str, asked: Any, options: Options, arg
     run = runs.Run(study_name, preset_name, directory, options, console, tuple(arguments))
     with runs.claimed(directory):
         runs.check_config(directory, asked)
-        result = runs.read_result(directory)
+        result, drawn = runs.read_result(directory), False
         if result is None:
             runs.note_session(directory, started)
             content = study.run(asked, run)
             result = runs.write_result(run, asked, started, content)
         else:
             console.print(f"already done on {result['provenance']['started']}; delete {directory} to do it again")
+            drawn = all((directory / figure).exists() for figure in result["figures"])
         if first:
-            if not all((directory / figure).exists() for figure in result["figures"]):
+            if not drawn:
                 study.draw(directory, result)
             summarise(console, directory, result)
     return result

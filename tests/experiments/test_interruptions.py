@@ -162,11 +162,13 @@ def test_a_damaged_result_is_named_and_costs_no_training(execute, whole, tmp_pat
     assert "result.json is damaged" in said
     assert "Traceback" not in said
     (directory / "result.json").unlink()
+    (directory / "line.png").write_text("of the damaged result")
     logs = (directory / "metrics.jsonl").read_bytes()
     code, said = execute(*LINEAR, "--runs-dir", tmp_path / "runs")
     assert code == 0, said
     assert (directory / "metrics.jsonl").read_bytes() == logs
     assert_same_run(directory, whole / "linear" / "tiny-0")
+    assert (directory / "line.png").read_text() == (whole / "linear" / "tiny-0" / "line.png").read_text()
 
 
 def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(start, execute, tmp_path):
