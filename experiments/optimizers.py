@@ -8,6 +8,7 @@ import optax
 
 from optim_jax import L1, GroupLasso, Penalty, PenaltyRule, assign_penalties, dessilbi
 from optim_jax.penalties import map_structured
+from prune_jax.tree import is_kernel, path_name
 
 Arm = Literal["sgd", "adam", "dessilbi", "dessilbi-adam", "proximal"]
 
@@ -141,13 +142,13 @@ def schedule(
 
 
 def adamw(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW for transformers: clipped gradients, b2 = 0.98, and decay for matrices alone, not for biases and norms."""
+    """AdamW with clipped gradients, b2 = 0.98, and decay for kernels alone (see `prune_jax.tree.is_kernel`)."""
 
-    def matrices(params: optax.Params) -> Any:
-        return jax.tree.map(lambda w: w.ndim == 2, params)
+    def kernels(params: optax.Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: is_kernel(path_name(path), leaf), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=weight_decay, mask=matrices)
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=weight_decay, mask=kernels)
     )
 
 

@@ -14,6 +14,8 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
+from prune_jax.tree import widen
+
 Gelu = Literal["exact", "tanh"]
 
 # Truncated normal of deviation 0.02, the initialisation of ViT's, DeiT's and Swin's published training code.
@@ -205,8 +207,12 @@ def normalised(exponentials: Array) -> Array:
 
 
 def exact_gelu(x: Array) -> Array:
-    """x Phi(x) by erf, as torch computes it; on a CPU its gradient is cheaper than that of jax.nn.gelu, by erfc."""
-    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+    """x Phi(x) by erf, as torch computes it; on a CPU its gradient is cheaper than that of jax.nn.gelu, by erfc.
+
+    In float32 at least: 1 + erf(x) of a negative x is all rounding in half precision.
+    """
+    wide = widen(x)
+    return (0.5 * wide * (1 + lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def dense(features: int, compute_dtype: Any, *, use_bias: bool = True, name: str | None = None) -> nn.Dense:

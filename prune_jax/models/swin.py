@@ -26,6 +26,7 @@ from prune_jax.models.layers import (
     initialise,
     plain,
 )
+from prune_jax.tree import widen
 
 SIZES: dict[str, dict[str, Any]] = {
     "T": {"width": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
@@ -120,7 +121,7 @@ class PatchMerging(nn.Module):
         # order as published: rows change fastest among the four
         x = rearrange(pad(x, 2, 2), "b (h p) (w q) c -> b h w (q p c)", p=2, q=2)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.compute_dtype, name="norm")(x)
-        return dense(self.width, self.compute_dtype, use_bias=False, name="reduction")(x)
+        return widen(dense(self.width, self.compute_dtype, use_bias=False, name="reduction")(x))
 
 
 class Swin(nn.Module):
@@ -143,7 +144,7 @@ class Swin(nn.Module):
       gelu: "exact" (as published) or "tanh".
       dropout: rate after embedding, attention and MLP layers, in training (rng "dropout").
       drop_path: stochastic depth; the rate of the last block, in training.
-      compute_dtype: dtype of the matmuls, such as jnp.bfloat16; None keeps float32. Parameters stay float32.
+      compute_dtype: dtype of the matmuls, such as jnp.bfloat16; None keeps float32. Parameters and tokens stay float32.
 
     Example:
       >>> import jax
@@ -217,7 +218,8 @@ class Swin(nn.Module):
         """Images (B, H, W, C) -> feature map of patches (B, ceil(H/patch), ceil(W/patch), D)."""
         x = pad(images, self.patch, self.patch)
         x = rearrange(x, "b (i p) (j q) c -> b i j (p q c)", p=self.patch, q=self.patch)
-        return self.drop_units(self.embedding_norm(self.embedding(x)), deterministic=not train)
+        x = widen(self.embedding_norm(self.embedding(x)))  # as in `ViT`
+        return self.drop_units(x, deterministic=not train)
 
     def head(self, x: Array) -> Array:
         """Feature map after the last block (B, H, W, D) -> logits (B, num_classes), float32."""

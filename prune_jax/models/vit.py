@@ -25,6 +25,7 @@ from prune_jax.models.layers import (
     fill_widths,
     initialise,
 )
+from prune_jax.tree import widen
 
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": {"width": 192, "depth": 12, "heads": 3},
@@ -90,7 +91,7 @@ class ViT(nn.Module):
       gelu: "exact" (timm, DeiT) or "tanh" (Google's weights).
       dropout: rate after embedding, attention and MLP layers, in training (rng "dropout").
       drop_path: stochastic depth; the rate of the last block, in training.
-      compute_dtype: dtype of the matmuls, such as jnp.bfloat16; None keeps float32. Parameters stay float32.
+      compute_dtype: dtype of the matmuls, such as jnp.bfloat16; None keeps float32. Parameters and tokens stay float32.
 
     Example:
       >>> import jax
@@ -195,7 +196,7 @@ class ViT(nn.Module):
             )
         # a convolution whose stride is its size is one matmul
         patches = rearrange(images, "b (i p) (j q) c -> b (i j) (p q c)", p=self.patch, q=self.patch)
-        x = self.embedding(patches)
+        x = widen(self.embedding(patches))  # tokens stay float32: in half precision every sum of a block would round
         prefix = [self.class_token] if self.pool == "token" else []
         prefix += [self.distillation_token] if self.distilled else []
         x = self._after(prefix, x) + self.position_embedding.astype(x.dtype)

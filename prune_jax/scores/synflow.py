@@ -23,8 +23,8 @@ def synflow(
     paper: see ``prune_jax.iterative_masks``. BatchNorm must be frozen; whatever ``apply_fn`` holds besides ``params``
     enters as it is, so running statistics should be those of initialisation (mean 0, variance 1).
 
-    R is a product over layers: in a deep, wide network it can leave float32's range, and the scores are then inf or
-    NaN, which ``make_masks`` and ``iterative_masks`` refuse. Compute in float64 (``jax_enable_x64``) then.
+    R is a product over layers: in a deep, wide network it can leave float32's range, and scores are then NaN, which
+    ``make_masks`` and ``iterative_masks`` refuse. Compute in float64 (``jax_enable_x64``) then.
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs``, any JAX function.
@@ -52,4 +52,5 @@ def synflow(
     ones = jnp.ones(tuple(input_shape), dtype)
     weights = select(absolute, prunable)
     gradient = jax.grad(lambda w: apply_fn(merge(w, absolute), ones).sum())(weights)
-    return jax.tree.map(lambda g, w: jnp.abs(g * w), gradient, weights)
+    scores = jax.tree.map(lambda g, w: jnp.abs(g * w), gradient, weights)
+    return jax.tree.map(lambda s: jnp.where(jnp.isfinite(s), s, jnp.nan), scores)

@@ -156,7 +156,7 @@ def attention_profile(model: ViT, images: Array) -> AttentionProfile:
         x = block.feed_forward(block.add(x, block.attention.combine(e, v)))
         p = normalised(e)
         among = p[:, :, prefix:, prefix:]
-        among = among / among.sum(axis=-1, keepdims=True)
+        among = among / jnp.maximum(among.sum(axis=-1, keepdims=True), jnp.finfo(among.dtype).tiny)
         informativeness = patch_informativeness(p, prefix)
         maps.append(among.mean(axis=(0, 1)))
         ranges.append(attention_range(among, model.grid).mean())
@@ -221,7 +221,7 @@ def layer_ratios(ranges: Sequence[float] | Array, ratio: float, *, sharpness: fl
 
     Raises:
       ValueError: a ratio that is negative or that dropping nearly all patches in the first blocks cannot reach;
-        negative ranges; a sharpness that is not above 0 and finite.
+        ranges that are negative, infinite or NaN; a sharpness that is not above 0 and finite.
 
     Example:
       >>> [round(r, 3) for r in layer_ratios([0.1, 0.1, 0.4, 0.4], 0.3)]
@@ -230,18 +230,21 @@ def layer_ratios(ranges: Sequence[float] | Array, ratio: float, *, sharpness: fl
     most = 0.95
     if not 0 < sharpness < math.inf:
         raise ValueError(f"sharpness must be above 0 and finite, got {sharpness}")
-    if min(np.asarray(ranges).tolist()) < 0:
-        raise ValueError(f"ranges must not be negative, got {np.asarray(ranges).tolist()}")
-    shape = np.cumsum(np.asarray(ranges, float) ** sharpness)
+    found = np.asarray(ranges, float)
+    if not all(0 <= r < math.inf for r in found.tolist()):
+        raise ValueError(f"ranges must be finite and not negative, got {found.tolist()}")
+    shape = np.cumsum((found / (found.max() or 1.0)) ** sharpness)
     limit = float((most * (shape > 0)).mean())
     if not 0 <= ratio <= limit:
         raise ValueError(f"ratio must be from 0 to {limit:.2f} with these ranges, got {ratio}")
-    low, high = 0.0, most / max(shape[shape > 0].min(initial=1.0), 1e-12)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.minimum(most, middle * shape).mean() < ratio else (low, middle)
-    gone = np.minimum(most, high * shape) if ratio else 0 * shape
-    return tuple(np.diff(gone, prepend=0.0).tolist())
+    gone = np.zeros_like(shape)
+    for full in range(len(shape) if ratio else 0):  # blocks, the last ones, after which all are gone that may go
+        free = shape[: len(shape) - full]
+        gone = np.full_like(shape, most)
+        gone[: len(free)] = (ratio * len(shape) - most * full) * free / free.sum()
+        if gone[len(free) - 1] <= most * (1 + 1e-9):
+            break
+    return tuple(np.diff(np.minimum(gone, most), prepend=0.0).tolist())
 
 
 def least_heads(heads: Sequence[Array], ratios: float | Sequence[float]) -> tuple[tuple[int, ...], ...]:

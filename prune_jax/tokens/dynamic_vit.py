@@ -181,7 +181,7 @@ class DynamicViT(TokenMethod):
         Args:
           images: (B, H, W, C).
           decisions: masks after each stage (B, stages, N); what a stage has dropped no later one brings back. None
-            draws them by Gumbel-softmax, from rng "gumbel".
+            draws them by Gumbel-softmax, from rng "gumbel", at the stages at which `trace` drops any.
           train: whether the ViT drops units and branches.
 
         Returns:
@@ -197,15 +197,18 @@ class DynamicViT(TokenMethod):
             shape = (mask.shape[0], len(self.stages), mask.shape[1])
             state.check_decisions("decisions", decisions, shape, "(images, stages, patches)")
         size, weights = mask, None
+        left = (mask.shape[1], *self.counts)
         masks: list[Array] = []
         for i, block in enumerate(self.model.blocks):
             if i in self.stages:
                 stage = len(masks)
-                if decisions is None:
+                if decisions is not None:
+                    now = mask * decisions[:, stage].astype(jnp.float32)
+                elif left[stage + 1] == left[stage]:
+                    now = mask
+                else:
                     scores = self.predictors[stage](x[:, prefix:], mask)
                     now = mask * gumbel_keep(self.make_rng("gumbel"), scores, self.temperature)
-                else:
-                    now = mask * decisions[:, stage].astype(jnp.float32)
                 patches = x[:, prefix:]
                 if self.merge:
                     patches, size = merge_masked(patches, size, mask, now)
@@ -281,7 +284,9 @@ def merge_masked(x: Array, size: Array, before: Array, now: Array) -> tuple[Arra
     Returns:
       The tokens and sizes; those of tokens that are not kept mean nothing.
     """
-    similarity = jnp.where(now[:, None] > 0, state.cosines(x, x), -jnp.inf)
+    # A kept token moves nothing, but the gradient asks where it would go: not into itself, as if dropping were free.
+    others = (now[:, None] > 0) & ~jnp.eye(x.shape[1], dtype=bool)[None]
+    similarity = jnp.where(others, state.cosines(x, x), -jnp.inf)
     return state.absorb(x, size, x, size * (before - now), jnp.argmax(similarity, axis=-1))
 
 

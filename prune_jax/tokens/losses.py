@@ -11,6 +11,7 @@ from jax import Array, lax
 from prune_jax.distillation import distillation_loss
 from prune_jax.scores.loss import cross_entropy
 from prune_jax.tokens.dynamic_vit import Masked
+from prune_jax.tree import widen
 
 
 def dynamic_vit_loss(
@@ -85,6 +86,7 @@ def token_distillation(patches: Array, teacher_patches: Array, mask: Array) -> A
     Returns:
       A scalar, 0 if nothing is kept.
     """
+    patches, teacher_patches = widen((patches, teacher_patches))
     kept = lax.stop_gradient(mask) > 0
     squares = ((patches - lax.stop_gradient(teacher_patches)) ** 2).mean(axis=-1)
     return jnp.where(kept, squares, 0).sum() / jnp.maximum(kept.sum(), 1)

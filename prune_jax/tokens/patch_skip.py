@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from einops import rearrange
-from jax import Array
+from jax import Array, lax
 
 from prune_jax.models.layers import Block, each_layer, plain
 from prune_jax.models.vit import ViT
@@ -166,7 +166,7 @@ class PatchSkip(TokenMethod):
 
         ``method.apply(variables, images, method="watch")``; `skip_loss` trains the scorers on it.
         """
-        seen = self.observe(images)
+        seen = lax.stop_gradient(self.observe(images))  # what trains the scorers leaves the ViT alone
         return Skipping(self.score(seen.tokens, seen.means), seen.similarity)
 
 

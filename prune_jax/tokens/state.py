@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
 
     @property
     def weights(self) -> Array | None:
-        """Proportional attention: the factors for `Attention.probabilities`, (B, 1, 1, prefix + T), or None."""
+        """Proportional attention: the factors for `Attention.exponentials`, (B, 1, 1, prefix + T), or None."""
         if self.size is None:
             return None
         return jnp.pad(self.size, ((0, 0), (self.prefix, 0)), constant_values=1)[:, None, None]

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax import Array
+from jax import Array, lax
 
 from prune_jax.models.layers import each_layer, plain
 from prune_jax.models.swin import Swin, WindowBlock
@@ -134,7 +134,7 @@ class SwinPatchSkip(TokenMethod):
 
     def watch(self, images: Array) -> Skipping:
         """Runs the dense model: what the scorers say, and what is true; `skip_loss` trains the scorers on it."""
-        seen = self.observe(images)
+        seen = lax.stop_gradient(self.observe(images))  # what trains the scorers leaves the Swin alone
         return Skipping(self.score(seen.tokens, seen.means), seen.similarity)
 
     def _run(

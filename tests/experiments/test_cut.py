@@ -116,6 +116,15 @@ def test_schedules(kind, expected) -> None:
     np.testing.assert_allclose([rate(0), rate(20), rate(400)], expected, rtol=1e-6, atol=1e-7)
 
 
+def test_adamw_decays_kernels_and_nothing_else() -> None:
+    shapes = {"conv/kernel": (3, 3, 2, 4), "dense/kernel": (4, 3), "bias": (3,), "relative_position_bias": (9, 2)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    optimizer = optimizers.adamw(optax.constant_schedule(0.1), 0.5)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    found = {name: float(u.mean()) for name, u in updates.items()}
+    assert found == pytest.approx({"conv/kernel": -0.05, "dense/kernel": -0.05, "bias": 0, "relative_position_bias": 0})
+
+
 def test_arms_are_what_they_are_called() -> None:
     params = {"conv": jnp.ones((1, 1, 1, 2)), "bias": jnp.ones(2)}
     gradients = jax.tree.map(lambda w: 3 * w, params)

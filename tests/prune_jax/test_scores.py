@@ -159,6 +159,13 @@ def test_synflow_100_rounds_survives_where_one_shot_magnitude_collapses(rng):
     assert float(net(jax.tree.map(jnp.abs, apply_masks(params, masks)), jnp.ones((1, 16))).sum()) > 0
 
 
+def test_synflow_out_of_range_is_refused():
+    params = {name: jnp.full((4, 4), size, jnp.float32) for name, size in {"a": 1e20, "b": 1e20, "c": 1e5}.items()}
+    found = scores.synflow(lambda p, x: x @ p["a"] @ p["b"] @ p["c"], params, (1, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        make_masks(found, 0.5)
+
+
 def test_movement_is_the_running_sum(x64, rng):
     weights, gradients = rng.normal(size=(5, 2, 3)), rng.normal(size=(5, 2, 3))
     total = None

@@ -1,5 +1,8 @@
 """ViT: its parts put together by hand are the model, attention weights mean what they say, widths are free."""
 
+import math
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 
 from prune_jax.models import ViT, vit
-from prune_jax.models.layers import normalised
+from prune_jax.models.layers import exact_gelu, normalised
 
 MODEL = ViT(num_classes=3, image_size=(8, 12), patch=4, width=12, depth=2, heads=3)
 IMAGES = np.random.default_rng(1).standard_normal((2, 8, 12, 3)).astype(np.float32)
@@ -192,6 +195,17 @@ def test_half_precision_compute():
     y = run(MODEL.clone(compute_dtype=jnp.bfloat16), VARIABLES, IMAGES)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, run(MODEL, VARIABLES, IMAGES), atol=0.1)
+
+
+def test_half_precision_does_not_round_the_sums_of_the_blocks():
+    half = MODEL.clone(compute_dtype=jnp.bfloat16)
+    assert jax.eval_shape(partial(half.apply, method="encode"), VARIABLES, IMAGES).dtype == jnp.float32
+
+
+def test_exact_gelu_of_half_precision_is_rounded_once():
+    x = jnp.linspace(-4, 4, 801).astype(jnp.bfloat16)
+    exact = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x.astype(float).tolist()]
+    np.testing.assert_allclose(exact_gelu(x).astype(np.float32), exact, rtol=2**-7)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,11 @@ def test_layer_ratios_reach_the_ratio(ratio, sharpness):
         assert ratios[1] / ratios[0] == pytest.approx(2.5**sharpness)
 
 
+def test_layer_ratios_reach_the_ratio_however_unlike_the_ranges():
+    ratios = layer_ratios([0.01, 0.5, 0.5], 0.9, sharpness=8)
+    assert np.cumsum(ratios) == pytest.approx([0.8, 0.95, 0.95])
+
+
 def test_heads_cut_are_heads_switched_off():
     kept = ((0, 1, 2), (0, 2), (2,))
     small, cut = cut_heads(MODEL, VARIABLES, kept)
@@ -147,8 +152,9 @@ def test_ratios_that_are_one_but_for_rounding_are_refused():
 def test_bad_calibrations_are_named():
     with pytest.raises(ValueError, match=r"ratio must be from 0 to 0.47 with these ranges, got 0.5"):
         layer_ratios([0.0, 1.0], 0.5)
-    with pytest.raises(ValueError, match="ranges must not be negative"):
-        layer_ratios([-1.0, 1.0], 0.5)
+    for bad in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="ranges must be finite and not negative"):
+            layer_ratios([1.0, bad], 0.5)
     with pytest.raises(ValueError, match="sharpness must be above 0 and finite, got 0"):
         layer_ratios([1.0, 1.0], 0.5, sharpness=0)
     with pytest.raises(ValueError, match=r"kept\[1\] must name one or more of 3 heads, got \(\)"):

@@ -7,7 +7,7 @@ import pytest
 from token_models import IMAGES, MODEL, VARIABLES, run, start, wrapped
 
 from prune_jax.tokens import DynamicViT, dynamic_vit_loss, gumbel_keep, ratio_loss, teach, token_distillation
-from prune_jax.tokens.dynamic_vit import Predictor
+from prune_jax.tokens.dynamic_vit import Predictor, merge_masked, policy
 
 LABELS = jnp.array([0, 2])
 
@@ -65,6 +65,13 @@ def test_masks_are_hierarchical_and_drawn_with_their_probability():
     np.testing.assert_allclose(drawn.mean(0), [0.7, 0.1], atol=0.03)
 
 
+def test_a_stage_that_keeps_all_draws_nothing():
+    method = DynamicViT(MODEL, (0, 2), (1.0, 0.5))
+    masks = run(method, start(method), IMAGES, rngs={"gumbel": jax.random.key(0)}, method="masked").decisions
+    assert (masks[:, 0] == 1).all()
+    assert (masks[:, 1] == 0).any()
+
+
 def test_the_gradient_of_a_decision_is_that_of_the_softmax():
     log_p, key = jnp.log(jnp.array([0.3, 0.7])), jax.random.key(3)
     noise = jax.random.gumbel(key, (2,))
@@ -91,6 +98,34 @@ def test_gradients_flow_through_decisions_to_every_predictor(merge):
     assert min(size()) > 0
     # not by the ratio alone: what the classifier says of the decisions gets through the attention
     assert min(size(ratio=0.0, distillation=0.0, tokens=0.0)) > 0
+
+
+def test_dropping_a_kept_token_would_take_its_weight_to_the_kept_one_most_like_it():
+    """The gradient of the attention's weights by decisions: column j loses j's size, its target's column gains it."""
+    rng = np.random.default_rng(0)
+    x, size = rng.standard_normal((1, 6, 8)).astype(np.float32), rng.uniform(1, 3, (1, 6)).astype(np.float32)
+    before = jnp.ones((1, 6))
+    now = before.at[0, 4].set(0)
+
+    def weights(now):
+        return policy(now, merge_masked(x, size, before, now)[1], 0)[0, 0]
+
+    found = np.asarray(jax.jacobian(weights)(now))[:, :, 0]  # row, column, decision
+    unit = x[0] / np.linalg.norm(x[0], axis=-1, keepdims=True)
+    likeness = unit @ unit.T - 2 * np.eye(6) - 2 * (np.arange(6) == 4)
+    for j in (0, 1, 2, 3, 5):
+        merged = size[0] + np.where(np.arange(6) == likeness[4].argmax(), size[0, 4], 0)
+        expected = np.zeros((6, 6))
+        expected[:, j] = merged[j]
+        expected[j, j] = 0
+        expected[:, likeness[j].argmax()] -= size[0, j]
+        expected[4, 4] = found[4, 4, j]  # nobody reads what a token that is gone sees of itself
+        np.testing.assert_allclose(found[:, :, j], expected, atol=1e-5)
+
+
+def test_token_distillation_of_half_precision_is_summed_in_float32():
+    patches = jnp.ones((400, 196, 8), jnp.float16)
+    assert token_distillation(patches, 0 * patches, jnp.ones((400, 196))) == 1
 
 
 def test_losses_are_their_formulas():

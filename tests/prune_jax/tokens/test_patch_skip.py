@@ -105,6 +105,8 @@ def test_scorers_learn_which_patches_a_block_changes():
         updates, opt = optimizer.update(gradients, opt)
         return (optax.apply_updates(own, updates), opt), (value, accuracy)
 
+    of_model = jax.grad(lambda model: loss({"model": model})[0])(variables["params"]["model"])
+    assert not any(jnp.any(g) for g in jax.tree.leaves(of_model))  # they watch it, and do not change it
     own = {k: v for k, v in variables["params"].items() if k != "model"}
     _, (losses, accuracy) = jax.jit(lambda s: jax.lax.scan(step, s, length=60))((own, optimizer.init(own)))
     assert losses[-1] < losses[0]

@@ -85,6 +85,7 @@ def test_scorers_decide_in_threshold_mode_and_can_be_trained():
 
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     assert all(jnp.any(gradients[f"scorers_{i}"]["fc1"]["kernel"] != 0) for i in range(3))
+    assert not any(jnp.any(g) for g in jax.tree.leaves(gradients["model"]))
 
 
 def test_training_drops_the_branches_of_whole_examples():
