@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments import data
+from experiments.models.conv import Method
 from experiments.models.resnet import ResNet, resnet20
 from experiments.models.vgg import VGG, vgg_a
 from experiments.models.widths import narrow_cnn
@@ -28,6 +29,11 @@ CNNS: dict[str, Callable[..., nn.Module]] = {
 }
 
 _BATCH = 64  # images at once for scores and calibration
+
+
+def computed(model: Any, method: Method) -> Any:
+    """The network with its convolutions computed by a method, see `convolve`; one without any as it is."""
+    return model.clone(method=method) if hasattr(model, "method") else model
 
 
 def evaluated(model: Any) -> Callable[[PyTree, Array], Array]:

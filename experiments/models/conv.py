@@ -56,7 +56,8 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Padding, 
         one matrix product in each direction. "auto" is XLA's, but im2col on a CPU, where XLA's are up to a hundred
         times slower inside of loops (`lax.scan`, `lax.map`). "no-loop" promises that there is no loop, where XLA's
         take half to nine tenths of im2col's time, but for two cases: outputs with a side below 3, whose gradients XLA
-        computes tens of times slower, and layers so thin that copying costs less.
+        computes tens of times slower, and layers so thin that copying costs less. To count FLOPs take "xla": im2col's
+        include products with padding.
 
     Raises:
       ValueError: unknown method.

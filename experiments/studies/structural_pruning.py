@@ -215,7 +215,7 @@ def _costs(model: Any, variables: Any, base: Base) -> dict[str, int]:
     example = base.prepare(jnp.asarray(base.train.images[:1]))
     return {
         "parameters": count_parameters(variables["params"]),
-        "flops": flops(structural.evaluated(model), variables, example),
+        "flops": flops(structural.evaluated(structural.computed(model, "xla")), variables, example),
     }
 
 
@@ -226,11 +226,15 @@ def _latencies(config: Config, base: Base, plans: dict[str, Path], run: Run) -> 
     """
     del run
     inputs = base.prepare(jnp.asarray(base.train.images[: config.latency_batch]))
-    dense = structural.evaluated(base.model), (base.variables, inputs)
+
+    def timed(model: Any) -> Any:
+        return structural.evaluated(structural.computed(model, "no-loop"))
+
+    dense = timed(base.model), (base.variables, inputs)
     measured = {}
     for name, path in plans.items():
         plan = json.loads(path.read_text(encoding="utf-8"))
-        cut = structural.evaluated(structural.cut_model(base, plan)), (apply_plan(plan, base.variables), inputs)
+        cut = timed(structural.cut_model(base, plan)), (apply_plan(plan, base.variables), inputs)
         found = latencies({"dense": dense, "cut": cut}, repeats=config.latency_calls)
         milliseconds = {kind: 1e3 * times.median for kind, times in found.items()}
         measured[name] = milliseconds | {"speed_up": speed_up(found["dense"], found["cut"])}

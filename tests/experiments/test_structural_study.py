@@ -15,6 +15,7 @@ from experiments.config import Options
 from experiments.models.vgg import VGG
 from experiments.runs import RunError
 from experiments.studies import structural_pruning, vit
+from prune_jax import flops
 from prune_jax.graph import apply_plan
 
 
@@ -137,6 +138,14 @@ def test_a_cnn_is_trained_then_cut(tmp_path) -> None:
     assert part["parameters"] < result["metrics"]["dense"]["parameters"]
     assert (directory / "base" / "metrics.jsonl").exists()
     assert list(part["after"]) == ["recovered"]
+
+
+def test_flops_of_a_cnn_are_those_of_its_layers_not_of_how_a_cpu_computes_them() -> None:
+    model = structural.computed(VGG(((8,), (16,)), classes=3, hidden=()), "xla")
+    x = jnp.zeros((1, 8, 8, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    expected = 2 * (8 * 8 * 9 * 3 * 8 + 4 * 4 * 9 * 8 * 16 + 2 * 2 * 16 * 3)  # as if padding were computed
+    assert flops(structural.evaluated(model), variables, x) == expected
 
 
 def test_scores_of_a_cnn_leave_out_its_statistics() -> None:
