@@ -5,8 +5,9 @@ What a plan holds: ``schema.py``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from prune_jax.graph.elements import FROZEN
 from prune_jax.graph.labels import is_number
 from prune_jax.graph.program import Leaf, Program, keys
 from prune_jax.graph.schema import FORMAT, VERSION, check_plan
+
+Path: TypeAlias = tuple[str, ...]
 
 
 def make_plan(program: Program, dead: np.ndarray) -> dict:
@@ -172,8 +175,8 @@ def apply_plan(plan: dict, tree: Any) -> Any:
     listed = {tuple(entry["path"]): entry for entry in plan["leaves"]}
     flat, tree_def = jax.tree_util.tree_flatten_with_path(tree)
     matched, out = 0, []
-    for path, x in flat:
-        entry = _longest_suffix(keys(path), listed)
+    entries = _entries([keys(path) for path, _ in flat], listed)
+    for (path, x), entry in zip(flat, entries, strict=True):
         if entry is None or np.size(x) <= 1:
             out.append(x)
             continue
@@ -228,11 +231,16 @@ def expand(plan: dict, small: Any, dense: Any) -> Any:
     return jax.tree.unflatten(tree, out)
 
 
-def _longest_suffix(path: tuple[str, ...], listed: dict[tuple[str, ...], dict]) -> dict | None:
-    for start in range(len(path) + 1):
-        if path[start:] in listed:
-            return listed[path[start:]]
-    return None
+def _entries(paths: Sequence[Path], listed: dict[Path, dict]) -> list[dict | None]:
+    """For each path of a tree the plan's entry whose path it ends with.
+
+    Where it ends with several (Adam's ``mu/l/w`` with ``l/w`` and with ``mu/l/w`` of the parameters), the one is meant
+    whose prefix stands before the most of the plan's paths; of equals, the shortest prefix.
+    """
+    splits = [[n for n in range(len(path) + 1) if path[n:] in listed] for path in paths]
+    mirrors = Counter(path[:n] for path, found in zip(paths, splits, strict=True) for n in found)
+    best = [max(((mirrors[p[:n]], -n) for n in found), default=None) for p, found in zip(paths, splits, strict=True)]
+    return [None if b is None else listed[p[-b[1] :]] for p, b in zip(paths, best, strict=True)]
 
 
 def _cut_leaf(x: Any, keep: Sequence[dict]) -> Any:

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from prune_jax.graph.elements import FROZEN
 from prune_jax.graph.labels import Label, settle
@@ -68,18 +70,30 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
-def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_output: Callable[[str], bool]) -> Program:
-    """Trace ``fn`` and label everything; repeated while parameters ask for a choice row by row."""
+def read_program(
+    fn: Callable,
+    params: Any,
+    args: tuple,
+    *,
+    pin: Pin,
+    free_output: Callable[[str], bool],
+    means: list[bool] | None = None,
+) -> Program:
+    """Trace ``fn`` and label everything; repeated while parameters ask for a choice row by row.
+
+    ``means`` is what ``Walk.means`` held after a reading at other shapes.
+    """
     params, args = abstract(params), abstract(args)
-    closed, shapes = _traced(fn, params, args)
+    jaxpr, consts, shapes = _traced(fn, params, args)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     pinned = _pinned(pin, [("/".join(keys(path)) or ".", x.shape) for path, x in flat])
     outputs = [keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     nest: dict[tuple[int, int, int], bool] = {}
     for _ in range(MAX_PASSES):
         walk = Walk(RULES, CALLS)
+        walk.decided = means
         leaves = [Leaf(keys(path), x.shape, x.dtype, []) for path, x in flat]
-        used = _used(closed.jaxpr, len(flat))
+        used = _used(jaxpr, len(flat))
         for i, leaf in enumerate(leaves):
             fixed = not used[i] or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
             stay = range(len(leaf.shape)) if fixed else pinned[i]
@@ -87,15 +101,15 @@ def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_outpu
         walk.parameter_of = lambda ids, walk=walk, leaves=leaves: _parameter(walk, leaves, ids)  # type: ignore[misc]
         inputs = [
             Value(v.aval, list(leaf.labels), parameter=i)
-            for i, (v, leaf) in enumerate(zip(closed.jaxpr.invars, leaves, strict=False))
+            for i, (v, leaf) in enumerate(zip(jaxpr.invars, leaves, strict=False))
         ]
-        inputs += [
-            Value(v.aval, [None] * len(getattr(v.aval, "shape", ()))) for v in closed.jaxpr.invars[len(leaves) :]
-        ]
-        body = walk.read(closed.jaxpr, list(closed.consts), inputs)
+        inputs += [Value(v.aval, [None] * len(getattr(v.aval, "shape", ()))) for v in jaxpr.invars[len(leaves) :]]
+        body = walk.read(jaxpr, consts, inputs)
         if set(walk.nest) <= set(nest):
             break
         nest |= walk.nest
+    if means is not None and len(walk.means) != len(means):  # another program at these shapes
+        return read_program(fn, params, args, pin=pin, free_output=free_output)
     for value, path in zip(body.outputs, outputs, strict=True):
         if not free_output("/".join(path)):
             labels = list(value.labels)
@@ -106,10 +120,13 @@ def read_program(fn: Callable, params: Any, args: tuple, *, pin: Pin, free_outpu
     return Program(leaves, body, walk, Classes(walk.elements, axes), jax.tree.structure(shapes))
 
 
-def _traced(fn: Callable, params: Any, args: tuple) -> tuple[Any, Any]:
-    """The jaxpr of ``fn`` and the shapes of its outputs."""
+def _traced(fn: Callable, params: Any, args: tuple) -> tuple[Jaxpr, list, Any]:
+    """The jaxpr of ``fn``, its constants, and the shapes of its outputs.
+
+    Without what no output needs: a parameter that only such equations read is unused, inside of a jit as outside.
+    """
     try:
-        return jax.make_jaxpr(fn, return_shape=True)(params, *args)
+        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(params, *args)
     except Exception as error:
         named = jax.tree_util.tree_flatten_with_path(args)[0]
         shapes = ", ".join(f"args{jax.tree_util.keystr(path)} {x.dtype}{list(x.shape)}" for path, x in named)
@@ -117,6 +134,8 @@ def _traced(fn: Callable, params: Any, args: tuple) -> tuple[Any, Any]:
             f"fn itself fails with these parameters for arguments of shapes {shapes or '() (there are none)'}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return jaxpr, list(closed.consts), shapes
 
 
 def _pinned(pin: Pin, leaves: list[tuple[str, tuple[int, ...]]]) -> list[Sequence[int]]:

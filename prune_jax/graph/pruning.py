@@ -279,6 +279,7 @@ def _smaller_function(
 ) -> Callable:
     """As ``smaller_function``; ``known`` holds what was read already, by the shapes of the arguments."""
     expected = kept_shapes(plan)
+    means = next((program.walk.means for program, _ in known.values()), None)  # as the example arguments had them
 
     def smaller(params: Any, *args: Any) -> Any:
         leaves = check_params(params, expected)
@@ -287,7 +288,7 @@ def _smaller_function(
         if key in known:
             program, cut = known[key]
         else:
-            program = read_program(fn, dense, specs, pin=pin, free_output=free_output)
+            program = read_program(fn, dense, specs, pin=pin, free_output=free_output, means=means)
             cut = Cut(~deaths(program, plan)[program.classes.root])
             # what fn closes over may belong to a transformation that is under way, and must not outlive it
             if not any(isinstance(c, jax.core.Tracer) for c in program.body.consts):

@@ -94,7 +94,11 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
     names = {v: i for i, v in enumerate(program.body.jaxpr.invars[len(dense) :])}
     names.update({v: len(names) + i for i, v in enumerate(v for step in flow.moving for v in step.eqn.outvars)})
     states: list[tuple[Env, Env]] = [(dict(enumerate(jax.tree.leaves(batch))),) * 2 for batch in calibration]
-    for stage in _stages(flow, find_consumers(flow, cut)):
+    stages = _stages(flow, find_consumers(flow, cut))
+    for at in {c.bias.leaf for stage in stages for c in stage.consumers if c.bias is not None}:
+        # the shift that a layer is given is from the dense bias, whatever training or an earlier recovery made of it
+        small[at] = cut.array(dense[at], program.leaves[at].labels)
+    for stage in stages:
 
         def advance(
             dense: list, small: list, theirs: Env, ours: Env, stage: Stage = stage

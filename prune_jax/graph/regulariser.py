@@ -110,21 +110,24 @@ def _by_path(tree: Any, name: str, owners: Owners) -> dict[Path, Any]:
 
 
 def _owners(groups: Groups) -> tuple[Owners, np.ndarray]:
-    """For every leaf its shape and the unit of each position of its axes (the last number: none); each unit's group."""
+    """For every leaf its shape and the units of each position of its axes (the last number: none); each unit's group.
+
+    An axis has one array of units, but where positions belong to several (to a channel of either factor of an outer
+    product), it has one for the first unit of each position, one for the second, and so on.
+    """
     classes = groups.program.classes
     chosen = [g for g in groups if g.kind == "width"]
     total = sum(g.size for g in chosen)
-    unit_of = np.full(classes.count, total)
-    group_of, start = np.zeros(total, int), 0
-    for group in chosen:
-        rows = classes.closure[groups.units[group.index]]
-        unit_of[rows.indices] = start + np.repeat(np.arange(group.size), np.diff(rows.indptr))
-        group_of[start : start + group.size] = group.index
-        start += group.size
+    group_of = np.repeat([g.index for g in chosen], [g.size for g in chosen])
+    closure = classes.closure[np.concatenate([np.zeros(0, int), *[groups.units[g.index] for g in chosen]])].tocsc()
+    several = np.diff(closure.indptr)  # units of each class
+    units_of = np.full((max(several.max(initial=0), 1), classes.count), total)
+    column = np.repeat(np.arange(classes.count), several)
+    units_of[np.arange(len(column)) - closure.indptr[column], column] = closure.indices
     owners = {}
     for leaf in groups.program.leaves:
         labels = leaf.labels if jnp.issubdtype(leaf.dtype, jnp.floating) else []
-        found = [unit_of[classes.root[label]] for label in labels if isinstance(label, np.ndarray)]
+        found = [units[classes.root[x]] for x in labels if isinstance(x, np.ndarray) for units in units_of]
         owners[leaf.path] = leaf.shape, [owner for owner in found if (owner < total).any()]
     return owners, group_of
 

@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.labels import Free, Label, concrete, is_number, recognise, settle
-from prune_jax.graph.rules_shape import labelled, transposed
+from prune_jax.graph.rules_shape import labelled, notes, transposed
 from prune_jax.graph.walk import Run, Value, Walk, shape_of
 
 
@@ -39,7 +39,7 @@ def reshape(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], R
     def run(cut: Cut, x: Any, *sizes: Any) -> list:
         return [lax.reshape(x, cut.shape(labels, out_shape), order)]
 
-    return labelled(eqn, labels, summed=source.summed if order is None else None), run
+    return labelled(eqn, labels, **(notes(source) if order is None else {})), run
 
 
 def _segments(a: tuple, b: tuple) -> list[tuple[list[int], list[int]]]:
@@ -126,7 +126,14 @@ def _merge(walk: Walk, labels: list[Label], shape: tuple, start: int, count: int
         else x
         for x in labels
     ]
-    return [*rest[:start], merged, *rest[start + count :]], middle
+    out: list[Label] = [*rest[:start], merged, *rest[start + count :]]
+    if isinstance(merged, np.ndarray):
+        # of two axes one may depend on the other's positions, not each on the other's
+        for d, n in enumerate(merged.shape):
+            label = out[d]
+            if d != start and n > 1 and isinstance(label, np.ndarray):
+                out[d] = walk.elements.collapse(label, (start,))
+    return out, middle
 
 
 def _split(walk: Walk, labels: list[Label], shape: tuple, start: int, new: list) -> list[Label]:

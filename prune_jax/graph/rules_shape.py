@@ -25,12 +25,17 @@ shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor")
 CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-KEEPS_SUM = {"broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "transpose", "copy", "neg"}
+KEEPS_NOTES = {"convert_element_type", "copy", "neg"}
 
 
 def labelled(eqn: JaxprEqn, labels: list[Label], **extra: Any) -> list[Value]:
     """The one output of an equation, labelled."""
     return [Value(eqn.outvars[0].aval, labels, **extra)]
+
+
+def notes(value: Value) -> dict[str, Any]:
+    """What an operation that only moves the entries keeps of a value: what it sums up, what it was divided by."""
+    return {"summed": value.summed, "divided": value.divided}
 
 
 def elementwise(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
@@ -47,8 +52,7 @@ def elementwise(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value
             arrays = [(x, y) for x, y in both if isinstance(x, np.ndarray) and isinstance(y, np.ndarray)]
             walk.note_meeting([x for x, y in arrays if x.flat[0] != y.flat[0]])
         labels = unify(walk.elements, labels, other, shape)
-    summed = ins[0].summed if eqn.primitive.name in KEEPS_SUM else None
-    return labelled(eqn, labels, summed=summed), None
+    return labelled(eqn, labels, **(notes(ins[0]) if eqn.primitive.name in KEEPS_NOTES else {})), None
 
 
 def equal(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
@@ -78,60 +82,88 @@ def _seek_nesting(walk: Walk, a: list[Label], b: list[Label]) -> None:
 
 
 def divide(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
-    """Elementwise; but a sum over n entries divided by the constant n is a mean, and n becomes the cut number."""
+    """Elementwise; but a sum over n entries divided by the constant n is a mean, and n becomes the cut number.
+
+    What else is divided by a whole number notes it: in the gradient of a mean the cotangent is, and then broadcast.
+    """
     outs, run = elementwise(walk, eqn, ins)
-    total, divisor = ins[0], ins[1]
-    if eqn.primitive.name == "mul" and total.summed is None:
-        total, divisor = divisor, total
-    if total.summed is None or divisor.shape not in ((), total.shape):
+    name = eqn.primitive.name
+    side = 0 if name == "mul" and ins[0].const is not None else 1
+    total, divisor = ins[1 - side], ins[side]
+    if divisor.const is None or divisor.shape not in ((), total.shape):
         return outs, run
-    labels, shape, axes = total.summed
-    if not any(labels[a] is not None for a in axes):
+    labels, shape, axes = total.summed or ([], (), ())
+    moving = any(labels[a] is not None for a in axes)
+    uniform = divisor.const.uniform or divisor.shape == ()
+    if not moving and not uniform:
         return outs, run
-    number = divisor.known()
-    if number is None and divisor.const is not None:  # a symbolic size may be in it: nobody knows what it counts
+    number = (divisor.const.args[0] if divisor.const.uniform else divisor.const).get()
+    if number is None and moving:  # a symbolic size may be in it: nobody knows what it counts
         labels = list(labels)
         for a in axes:
             settle(walk.elements, labels, a)
     if number is None or number.size == 0:
         return outs, run
-    n = math.prod(shape[a] for a in axes)
-    expected = n if eqn.primitive.name == "div" else 1 / n
     dtype = divisor.aval.dtype
-    rounding = 2 * float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
-    if not np.allclose(np.asarray(number, np.float64), expected, rtol=rounding, atol=0):
-        return outs, run
-    side = 1 if divisor is ins[1] else 0
+    counts = all(is_number(shape[a]) for a in axes) and _divides_by(number, math.prod(shape[a] for a in axes), name)
+    if moving and walk.decide(counts):
+        walk.averaged += [x for x in (labels[a] for a in axes) if isinstance(x, np.ndarray)]
 
-    def mean(cut: Cut, *values: Any) -> list:
-        new = math.prod(cut.size(labels, a, shape[a]) for a in axes)
-        operands = list(values)
-        operands[side] = lax.full(np.shape(values[side]), new if eqn.primitive.name == "div" else 1 / new, dtype)
-        return bind(eqn, operands)
+        def mean(cut: Cut, *values: Any) -> list:
+            new = math.prod(cut.size(labels, a, shape[a]) for a in axes)
+            operands = list(values)
+            operands[side] = lax.full(np.shape(values[side]), new if name == "div" else 1 / new, dtype)
+            return bind(eqn, operands)
 
-    return outs, mean
+        return outs, mean
+    if uniform and not (axes and counts) and 0 < abs(first := float(number.flat[0])) < math.inf:
+        whole = round(first if name == "div" else 1 / first)
+        if whole > 1 and _divides_by(number, whole, name):
+            outs[0].divided = whole
+    return outs, run
+
+
+def _divides_by(number: np.ndarray, n: int, name: str) -> bool:
+    """Whether to "div" by this number, or to "mul" with it, is to divide by n, as nearly as its type can say."""
+    if name == "div":
+        return bool((number == np.asarray(n).astype(number.dtype)).all())
+    if not jnp.issubdtype(number.dtype, jnp.floating):
+        return False
+    one = np.asarray(1, number.dtype)
+    inverse = (np.asarray(1 / n).astype(number.dtype), one / np.asarray(n).astype(number.dtype))
+    return any(bool((number == x).all()) for x in inverse)
 
 
 def barrier(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Every operand passes as it is."""
-    return [Value(o.aval, v.labels, summed=v.summed) for o, v in zip(eqn.outvars, ins, strict=True)], None
+    return [Value(o.aval, v.labels, **notes(v)) for o, v in zip(eqn.outvars, ins, strict=True)], None
 
 
 def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
-    """New and stretched axes are free; the others keep their labels."""
+    """New and stretched axes are free; the others keep their labels.
+
+    What was divided by the number of copies is the cotangent of a mean over them, if there is one over the axes that
+    they meet: each copy then has its share of the cut number.
+    """
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     source = ins[0]
     labels: list[Label] = [Free() if static(n) else None for n in shape]
+    copied = [d for d, n in enumerate(shape) if static(n)]
     for d, out in enumerate(where):
         label = source.labels[d]
         if source.shape[d] is shape[out] or source.shape[d] == shape[out]:
             labels[out] = _reframe(label, where, len(shape))
+            copied = [e for e in copied if e != out]
     dims = tuple(where)
+    shares = source.divided is not None and source.divided == math.prod(shape[d] for d in copied)
 
     def run(cut: Cut, x: Any, *sizes: Any) -> list:
-        return [lax.broadcast_in_dim(x, cut.shape(labels, shape), dims)]
+        new = cut.shape(labels, shape)
+        if shares and any(walk.is_averaged(labels[d]) for d in copied):
+            x = x * np.asarray(source.divided / math.prod(new[d] for d in copied), x.dtype)
+        return [lax.broadcast_in_dim(x, new, dims)]
 
-    return labelled(eqn, labels, summed=source.summed), run
+    return labelled(eqn, labels, **notes(source)), run
 
 
 def _reframe(label: Label, where: tuple[int, ...], rank: int) -> Label:
@@ -146,7 +178,7 @@ def _reframe(label: Label, where: tuple[int, ...], rank: int) -> Label:
 
 def transpose(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Labels move with their axes."""
-    return labelled(eqn, transposed(ins[0].labels, eqn.params["permutation"]), summed=ins[0].summed), None
+    return labelled(eqn, transposed(ins[0].labels, eqn.params["permutation"]), **notes(ins[0])), None
 
 
 def transposed(labels: list[Label], order: Sequence[int]) -> list[Label]:
@@ -156,7 +188,7 @@ def transposed(labels: list[Label], order: Sequence[int]) -> list[Label]:
 
 def squeeze(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Axes of size 1 go."""
-    return labelled(eqn, drop(ins[0].labels, tuple(eqn.params["dimensions"])), summed=ins[0].summed), None
+    return labelled(eqn, drop(ins[0].labels, tuple(eqn.params["dimensions"])), **notes(ins[0])), None
 
 
 def drop(labels: list[Label], dims: tuple[int, ...]) -> list[Label]:
@@ -172,7 +204,8 @@ def reduce(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
     axes = tuple(eqn.params["axes"])
     source = ins[0]
     summed = (source.labels, source.shape, axes) if eqn.primitive.name == "reduce_sum" else None
-    return labelled(eqn, reduced(walk, source.labels, axes), summed=summed), None
+    divided = source.divided if all(is_number(n) and n == 1 for n in (source.shape[a] for a in axes)) else None
+    return labelled(eqn, reduced(walk, source.labels, axes), summed=summed, divided=divided), None
 
 
 def reduced(walk: Walk, labels: list[Label], axes: tuple[int, ...]) -> list[Label]:
@@ -194,11 +227,15 @@ def argreduce(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value],
 
 
 def cumulative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
-    """Labels stay; rows along the accumulated axis become alike."""
+    """Labels stay; rows along the accumulated axis become alike. Copies of one entry are then told by their positions,
+    as the entries of a range are: none can go."""
     axis = eqn.params["axis"]
+    labels = list(ins[0].labels)
+    if isinstance(labels[axis], Free) and eqn.primitive.name not in ("cummax", "cummin"):
+        settle(walk.elements, labels, axis)
     labels = [
         walk.elements.collapse(x, (axis,)) if isinstance(x, np.ndarray) and d != axis else x
-        for d, x in enumerate(ins[0].labels)
+        for d, x in enumerate(labels)
     ]
     return labelled(eqn, labels), None
 

@@ -20,6 +20,7 @@ from prune_jax.graph.cut import Cut
 from prune_jax.graph.elements import Elements
 from prune_jax.graph.errors import UnknownPrimitiveError
 from prune_jax.graph.labels import Free, Label, is_number, place, resolve, settle, static
+from prune_jax.graph.solve import Classes
 
 Run = Callable[..., list]
 ELEMENTS_WORTH_KNOWING = 1 << 20
@@ -67,12 +68,13 @@ class Const:
 
 @dataclasses.dataclass(slots=True)
 class Value:
-    """What is known about one operand: its labels, whether it is a constant, and how many entries it sums up."""
+    """What is known about one operand: its labels, whether it is a constant, what it sums up and was divided by."""
 
     aval: Any
     labels: list[Label]
     const: Const | None = None
     summed: tuple[list[Label], tuple, tuple[int, ...]] | None = None  # labels and shape of the source, reduced axes
+    divided: int | None = None  # by this constant, where it is not the mean of what it sums up
     parameter: int | None = None  # made of parameters (and constants) alone: the leaf, of several the largest operand's
 
     @property
@@ -152,6 +154,11 @@ class Walk:
         # Elements of parameter axes that slices and the like have left out, and those that they have taken.
         self.skipped: list[np.ndarray] = []
         self.taken: list[np.ndarray] = []
+        # Of the sums over axes that may change: whether each is divided by their number; what an earlier reading found.
+        self.means: list[bool] = []
+        self.decided: list[bool] | None = None
+        self.averaged: list[np.ndarray] = []  # elements of the axes that means are taken over
+        self._root: np.ndarray | None = None
         self.meetings: list[tuple[int, str]] = []  # an element, and the equation where two activations share it
         self.parameter_of: Callable[[np.ndarray], str] = lambda ids: "?"
 
@@ -159,6 +166,26 @@ class Walk:
         """Add the FLOPs of one equation of the primal program."""
         if not self.in_derivative:
             self.costs.append(cost)
+
+    def decide(self, mean: bool) -> bool:
+        """Whether a sum is a mean: where it looks so, and did in the earlier reading.
+
+        At other shapes of the arguments a constant, such as the batch's size, may happen to be the number of entries.
+        """
+        self.means.append(mean)
+        number = len(self.means)
+        return mean and (self.decided is None or (number <= len(self.decided) and self.decided[number - 1]))
+
+    def is_averaged(self, label: Label) -> bool:
+        """Whether the program takes a mean over this axis somewhere; asked when all has been read."""
+        while isinstance(label, Free):
+            free = label.last()
+            label = free.axes[free.axis] if free.known and free.axes is not None else None
+        if label is None:
+            return False
+        if self._root is None:
+            self._root = Classes(self.elements, ()).root
+        return bool(np.isin(self._root[label], self._root[_all(self.averaged)]).any())
 
     def note_product(self, ins: list[Value], contracted: Sequence[Any], free: Sequence[Any]) -> None:
         """Note for people what a product's weight makes and sums over, or that two activations meet in it."""

@@ -196,3 +196,53 @@ def test_precision_is_that_of_the_call():
     with jax.default_matmul_precision("float32"):
         assert str(jax.make_jaxpr(small.fn)(small.params, X)).count("precision=(Precision.HIGHEST") == 2
     assert "Precision.HIGHEST" not in str(jax.make_jaxpr(small.fn)(small.params, X))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_parameters_that_only_dead_code_reads_stay(wrap) -> None:
+    def both(p, x):
+        h = jnp.tanh(x @ p["a"])
+        return h @ p["b"], h @ p["aux"] + p["bias"][None]
+
+    params = weights(a=(3, 8), b=(8, 2), aux=(8, 10), bias=(10,), unused=(4, 6))
+    found = shapes(check(wrap(lambda p, x: both(p, x)[0]), params, X, ratio=0.5).params)
+    assert found == {"a": (3, 4), "b": (4, 2), "aux": (8, 10), "bias": (10,), "unused": (4, 6)}
+
+
+@pytest.mark.parametrize("start", [lambda p, x: p["s"][0], lambda p, x: x[:, :1]], ids=["parameter", "argument"])
+def test_running_sums_of_copies_are_told_by_their_positions(start) -> None:
+    """The third of eight copies adds up three of them, also where the second is gone."""
+
+    def net(p, x):
+        return (jnp.tanh(x @ p["a"]) * jnp.cumsum(jnp.broadcast_to(start(p, x), (len(x), 8)), 1)) @ p["b"]
+
+    with pytest.raises(ValueError, match="a axis 1"):
+        prune(net, weights(a=(3, 8), b=(8, 2), s=(1,)), X, ratio=0.5)
+
+
+def test_running_maxima_of_copies_are_alike() -> None:
+    def net(p, x):
+        return (jnp.tanh(x @ p["a"]) * lax.cummax(jnp.broadcast_to(x[:, :1], (len(x), 8)), 1)) @ p["b"]
+
+    assert check(net, weights(a=(3, 8), b=(8, 2)), X, ratio=0.5).params["a"].shape == (3, 4)
+
+
+@pytest.mark.parametrize(("units", "read"), [(3, (2, 2)), (6, (2, 2)), (6, (4, 2))])
+def test_rows_of_a_merged_axis_do_not_depend_on_what_depends_on_them(units, read) -> None:
+    def net(p, x):
+        h = (x @ p["a"]).reshape(4, 2, 2, units).transpose(0, 3, 1, 2)
+        return h.reshape(4, 2 * units, 2) @ p["b"] if read[0] == 2 else h.reshape(4, units, 4) @ p["b"]
+
+    check(net, weights(a=(3, 4 * units), b=read), X, ratio=0.5, scope="local", kinds=("width", "block"))
+
+
+def test_the_gradient_of_a_grouped_convolution_inside_of_the_function() -> None:
+    def energy(x, p):
+        h = lax.conv_general_dilated(
+            (x @ p["a"])[:, :, None].transpose(0, 2, 1), p["k"], (1,), "SAME", feature_group_count=2,
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )  # fmt: skip
+        return (jnp.tanh(h) @ p["b"]).sum()
+
+    params = weights(a=(3, 4), k=(3, 2, 6), b=(6, 2))
+    check(lambda p, x: jax.grad(energy)(x, p), params, X, ratio=0.5, scope="local")

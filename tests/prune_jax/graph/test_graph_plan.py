@@ -151,3 +151,19 @@ def test_rows_that_die_as_a_whole():
 
     pruned = prune(net, params, data(2, 5, 3), ratio=0.5, scope="local", kinds=("width", "block"))
     assert jax.tree.map(jnp.shape, pruned.params) == {"q": (3, 1, 4), "k": (3, 1, 4), "v": (3, 1, 4), "o": (1, 4, 3)}
+
+
+def test_parameters_called_as_an_optimizer_calls_its_moments():
+    """``mu/l/w`` is the first moment of ``l/w``, though there is a parameter ``mu/l/w`` of the same shape."""
+
+    def net(p, x):
+        return jnp.tanh(x @ p["l"]["w"]) @ p["o"] + jnp.tanh(x @ p["mu"]["l"]["w"]) @ p["o2"]
+
+    flat = weights(l=(3, 6), mu=(3, 6), o=(6, 2), o2=(6, 2))
+    params = {"l": {"w": flat["l"]}, "mu": {"l": {"w": flat["mu"]}}, "o": flat["o"], "o2": flat["o2"]}
+    plan = prune(net, params, data(4, 3), ratio=0.5).plan
+    state = optax.adam(1e-2).init(params)
+    state = (state[0]._replace(mu=params, nu=params), *state[1:])
+    cut = apply_plan(plan, state)
+    for moments in (cut[0].mu, cut[0].nu):
+        jax.tree.map(np.testing.assert_array_equal, moments, apply_plan(plan, params))

@@ -212,3 +212,23 @@ def test_a_named_tuple_is_one_argument():
     small = prune(net, params, batch, ratio=0.4)
     got, same = (recover(small, net, params, [b])["b"] for b in (batch, (batch,)))
     np.testing.assert_array_equal(got, same)
+
+
+def test_recovering_again_is_no_worse_and_a_trained_bias_does_not_matter():
+    """The bias that a layer is given depends on the dense one, not on what the smaller network had."""
+
+    def net(p, x):
+        return jnp.tanh(x @ p["a"] + p["c"][None]) @ p["b"] + p["d"][None]
+
+    params, xs = weights(a=(4, 12), c=(12,), b=(12, 3), d=(3,)), batches(64, 4)
+    small = prune(net, params, xs[0], ratio=0.5)
+    once = recover(small, net, params, xs)
+    again = recover(dataclasses.replace(small, params=once), net, params, xs)
+    moved = recover(dataclasses.replace(small, params=small.params | {"d": small.params["d"] + 1}), net, params, xs)
+
+    def error(recovered):
+        return np.mean([jnp.square(small.fn(recovered, x) - net(params, x)).mean() for x in xs])
+
+    assert error(small.params) > 2 * error(once)
+    assert error(again) <= 1.001 * error(once)
+    np.testing.assert_allclose(moved["d"], once["d"], atol=1e-4)

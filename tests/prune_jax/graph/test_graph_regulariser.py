@@ -90,3 +90,21 @@ def test_integers_and_missing_updates_are_left_alone():
     assert updates["b"] is None
     del params["table"], zeros["table"]
     np.testing.assert_allclose(updates["a"], fixed.update(zeros, fixed.init(params), params)[0]["a"], rtol=1e-6)
+
+
+def test_a_position_of_two_units_is_pushed_for_both():
+    def gram(p, x):
+        h = x @ p["a"]
+        return (h[:, :, None] * h[:, None]).reshape(len(x), -1) @ p["b"]
+
+    params = weights(a=(3, 3), b=(9, 2))
+    groups = dependency_groups(gram, params, data(4, 3))
+    push = group_regulariser(groups, strength=0.5, alpha=1.0)
+    updates, _ = push.update(jax.tree.map(jnp.zeros_like, params), push.init(params), params)
+    squares = (np.asarray(params["b"]) ** 2).sum(1).reshape(3, 3)
+    importance = (np.asarray(params["a"]) ** 2).sum(0)
+    importance += squares.sum(0) + squares.sum(1) - np.diag(squares)  # row i and column i of the products
+    gamma = 2 ** ((importance.max() - importance) / (importance.max() - importance.min()))
+    pushed = gamma[:, None] + gamma[None] - np.diag(gamma)
+    np.testing.assert_allclose(updates["a"], gamma[None] * params["a"], rtol=1e-5)
+    np.testing.assert_allclose(updates["b"], pushed.reshape(9, 1) * params["b"], rtol=1e-5)
