@@ -118,7 +118,8 @@ def _owners(groups: Groups) -> tuple[Owners, np.ndarray]:
     classes = groups.program.classes
     chosen = [g for g in groups if g.kind == "width"]
     total = sum(g.size for g in chosen)
-    group_of = np.repeat([g.index for g in chosen], [g.size for g in chosen])
+    index, sizes = (np.array([getattr(g, name) for g in chosen], int) for name in ("index", "size"))
+    group_of = np.repeat(index, sizes)
     closure = classes.closure[np.concatenate([np.zeros(0, int), *[groups.units[g.index] for g in chosen]])].tocsc()
     several = np.diff(closure.indptr)  # units of each class
     units_of = np.full((max(several.max(initial=0), 1), classes.count), total)
