@@ -116,8 +116,9 @@ def divide(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
             return bind(eqn, operands)
 
         return outs, mean
-    if uniform and not (axes and counts) and 0 < abs(first := float(number.flat[0])) < math.inf:
-        whole = round(first if name == "div" else 1 / first)
+    if uniform and not (axes and counts) and jnp.issubdtype(dtype, jnp.floating):
+        first = float(number.flat[0])
+        whole = round(first if name == "div" else 1 / first) if 1e-9 < first < 1e9 else 0
         if whole > 1 and _divides_by(number, whole, name):
             outs[0].divided = whole
     return outs, run
@@ -125,13 +126,12 @@ def divide(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
 
 def _divides_by(number: np.ndarray, n: int, name: str) -> bool:
     """Whether to "div" by this number, or to "mul" with it, is to divide by n, as nearly as its type can say."""
-    if name == "div":
-        return bool((number == np.asarray(n).astype(number.dtype)).all())
     if not jnp.issubdtype(number.dtype, jnp.floating):
-        return False
-    one = np.asarray(1, number.dtype)
-    inverse = (np.asarray(1 / n).astype(number.dtype), one / np.asarray(n).astype(number.dtype))
-    return any(bool((number == x).all()) for x in inverse)
+        return name == "div" and bool((number == n).all())
+    with np.errstate(over="ignore"):  # more entries than half precision can count
+        count = np.asarray(n).astype(number.dtype)
+    same = (count,) if name == "div" else (np.asarray(1 / n).astype(number.dtype), np.asarray(1, number.dtype) / count)
+    return any(bool((number == x).all()) for x in same)
 
 
 def barrier(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
