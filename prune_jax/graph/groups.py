@@ -164,7 +164,7 @@ def find_groups(program: Program) -> Groups:
     owned = classes.incidence([label for _, _, label in _axes(program)])
     parts = classes.incidence(program.walk.elements.parts)
     units = classes.units
-    within = classes.closure[units].astype(np.int64)
+    within = classes.deaths_of_each(units).astype(np.int64)
 
     tables, owner = _tables(program)
     in_table = (within @ tables.T).tocsr()

@@ -196,6 +196,30 @@ class Classes:
             if dead.sum() == before:
                 return dead
 
+    def deaths_of_each(self, units: np.ndarray) -> sparse.csr_matrix:
+        """For each unit what dies with it alone: its closure, and factors that its joints imply, as ``deaths`` has it.
+
+        These are more only where a joint is one in two ways: a position split into heads here, and otherwise there.
+        """
+        within = self.closure[units].astype(bool)
+        joint, factors, live = self._joints_now()
+        inner = live.sum(axis=1) > 1
+        joint, factors, live = joint[inner], factors[inner], live[inner]
+        number, row = self.count, np.arange(len(joint))
+        ones = np.ones(len(joint), bool)
+        joints = sparse.csr_matrix((ones, (joint, row)), shape=(number, len(joint)))
+        by = sparse.csr_matrix((live[live], (factors[live], np.nonzero(live)[0])), shape=(number, len(joint)))
+        gone, explained = (within @ joints).astype(bool), (within @ by).astype(bool)
+        implying = np.unique((gone > gone.multiply(explained)).nonzero()[0])
+        if not len(implying):
+            return within
+        completed = within.tolil()
+        for i in implying:
+            dead = np.zeros(number, bool)
+            dead[units[i]] = True
+            completed[i] = self.deaths(dead)[None]
+        return completed.tocsr()
+
     def emptied(self, dead: np.ndarray) -> np.ndarray:
         """The classes along those axes of which nothing would be left."""
         empty = (self._whole @ dead.astype(np.int64) == self._lengths) & (self._lengths > 0)
