@@ -90,8 +90,7 @@ def read_program(
     outputs = [keys(path) for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
     nest: dict[tuple[int, int, int], bool] = {}
     for _ in range(MAX_PASSES):
-        walk = Walk(RULES, CALLS)
-        walk.decided = means
+        walk = Walk(RULES, CALLS, means)
         leaves = [Leaf(keys(path), x.shape, x.dtype, []) for path, x in flat]
         used = _used(jaxpr, len(flat))
         for i, leaf in enumerate(leaves):

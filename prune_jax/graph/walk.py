@@ -140,9 +140,11 @@ def bind(eqn: JaxprEqn, values: list) -> list:
 class Walk:
     """One reading of a program; rules find the record of elements and helpers here."""
 
-    def __init__(self, rules: dict[str, Callable], calls: dict[str, Callable]) -> None:
+    def __init__(
+        self, rules: dict[str, Callable], calls: dict[str, Callable], decided: list[bool] | None = None
+    ) -> None:
         self.elements = Elements()
-        self.rules, self.calls = rules, calls
+        self.rules, self.calls, self.decided = rules, calls, decided
         self.sources: dict[int, tuple[int, int, int]] = {}  # first element of a parameter axis -> leaf, axis, size
         self.nest: dict[tuple[int, int, int], bool] = {}  # (leaf, row axis, axis) -> whether rows are blocks (heads)
         self.path: list[JaxprEqn] = []  # the equations being read, from the outermost in
@@ -154,9 +156,9 @@ class Walk:
         # Elements of parameter axes that slices and the like have left out, and those that they have taken.
         self.skipped: list[np.ndarray] = []
         self.taken: list[np.ndarray] = []
-        # Of the sums over axes that may change: whether each is divided by their number; what an earlier reading found.
+        # Of the sums over axes that may change: whether each is divided by their number; `decided` is what this list
+        # held after an earlier reading.
         self.means: list[bool] = []
-        self.decided: list[bool] | None = None
         self.averaged: list[np.ndarray] = []  # elements of the axes that means are taken over
         self._root: np.ndarray | None = None
         self.meetings: list[tuple[int, str]] = []  # an element, and the equation where two activations share it
