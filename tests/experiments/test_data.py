@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -185,12 +184,10 @@ def test_unknown_names_tell_the_nearest_right_one(call, message):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
-def test_unprepared_set_is_a_quick_error_with_both_ways_to_get_it(name, tmp_path, monkeypatch):
+def test_unprepared_set_is_an_error_without_a_download_with_both_ways_to_get_it(name, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
-    start = time.perf_counter()
     with pytest.raises(data.DataNotPreparedError) as caught:
         data.load(name, data_dir=tmp_path)
-    assert time.perf_counter() - start < 1
     message = str(caught.value)
     assert str(tmp_path) in message
     assert f"python -m experiments data prepare {name}\n" in message

@@ -41,7 +41,7 @@ def executable(path: Path, text: str) -> None:
 
 def wait_for(path: Path, text: str = "") -> None:
     """Until the file is there with some content that has `text` in it."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text().strip() and text in path.read_text()):
         assert time.monotonic() < deadline, f"{path.name} did not appear"
         time.sleep(0.01)

@@ -91,7 +91,7 @@ class Recorded:
 
 
 def wait_until(condition):
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
