@@ -35,9 +35,9 @@ def make_masks(
 ) -> PyTree:
     """Masks that cut the lowest scores.
 
-    In each group of N scores exactly ``floor(sparsity * N)`` of the smallest are cut, as the decimals are written: 0.29
-    of 100 are 29, though the product of the floats is below that. Among equal scores the earlier ones in the tree are
-    cut first, so the result is deterministic.
+    In each group of N scores exactly ``floor(sparsity * N)`` of the smallest are cut, as the decimals are written or
+    meant: of 100, 0.29 are 29 and ``1 - 0.9`` are 10, though the products of these floats are below that. Among equal
+    scores the earlier ones in the tree are cut first, so the result is deterministic.
 
     Args:
         scores: pytree of floating-point scores, larger = keep; None where a leaf is not to be pruned.
