@@ -67,8 +67,9 @@ class Elements:
     def block(self, ids: np.ndarray, slots: np.ndarray | None = None) -> None:
         """Say that each of these elements stands for a whole block of positions (a head, a channel group).
 
-        With ``slots``, which ``ids`` broadcast to, only where some slot of its block can go as well: a channel before
-        its pixels in memory is none.
+        With ``slots``, which ``ids`` broadcast to, only where some slot of its block can go as well (a channel before
+        its pixels in memory is none), and can do so alone: what is brought forth one by one and loses the same slots
+        as all others (the inputs of a layer whose kernel is summed up from several) is no block either.
         """
         if slots is not None:
             ids = np.broadcast_to(ids, slots.shape)

@@ -170,11 +170,7 @@ def find_groups(program: Program) -> Groups:
     in_table = (within @ tables.T).tocsr()
     in_part = (within @ parts.astype(bool).astype(np.int64).T).tocsr()
     in_owned = (within @ owned.T).tocsr()
-    blocks = np.zeros(classes.count, bool)
-    for ids, slots in program.walk.elements.blocks:
-        going = slice(None) if slots is None else classes.root[slots] != classes.root[FROZEN]
-        blocks[classes.root[ids][going]] = True
-    is_block = within @ blocks.astype(np.int64) > 0
+    is_block = within @ _blocks(program).astype(np.int64) > 0
 
     tabled = np.diff(in_table.indptr) > 0
     signature = _signature(in_table, 1) + _signature(in_part, 2) + is_block.astype(np.uint64)
@@ -238,6 +234,24 @@ def _tables(program: Program) -> tuple[sparse.csr_matrix, np.ndarray]:
             rows += list(distinct)
             seen.add(key)
     return program.classes.incidence(rows), np.asarray(owner, int)
+
+
+def _blocks(program: Program) -> np.ndarray:
+    """Which classes stand for whole blocks of positions; see ``Elements.block``."""
+    root, count = program.classes.root, program.classes.count
+    alone = np.zeros(count, bool)
+    for label in program.walk.made_alone:
+        alone[root[label]] = True
+    out = np.zeros(count, bool)
+    for ids, slots in program.walk.elements.blocks:
+        if slots is None:
+            out[root[ids]] = True
+            continue
+        pairs = np.unique(np.stack([root[slots], root[ids]], axis=1), axis=0)
+        slot, row = pairs[pairs[:, 0] != root[FROZEN]].T
+        _, which, blocks_of_slot = np.unique(slot, return_inverse=True, return_counts=True)
+        out[row[(blocks_of_slot[which] == 1) | ~alone[row]]] = True
+    return out
 
 
 def _signature(matrix: sparse.csr_matrix, salt: int) -> np.ndarray:

@@ -35,7 +35,7 @@ def make_plan(program: Program, dead: np.ndarray) -> dict:
             index = cut.index(leaf.labels, axis)
             if index.shape[axis] == leaf.shape[axis]:
                 continue
-            rows = [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
+            rows = _rows(label, axis)
             table = np.moveaxis(index, axis, -1)
             table = table.reshape([n for d, n in enumerate(index.shape) if d in rows] + [index.shape[axis]])
             keep.append({"axis": axis, "rows": rows, "positions": table.tolist()})
@@ -67,6 +67,8 @@ def deaths(program: Program, plan: dict) -> np.ndarray:
     removed = []
     for leaf in program.leaves:
         entries = {keep["axis"]: keep for keep in listed[leaf.path]["keep"]}
+        for keep in entries.values():
+            _check_rows(leaf, keep)
         removed += [(leaf, axis, _removed(leaf, entries, keep)) for axis, keep in entries.items()]
     alive = np.ones(program.walk.elements.size, bool)
     for *_, ids in removed:
@@ -111,33 +113,40 @@ def _held(program: Program, removed: list[tuple[Leaf, int, np.ndarray]]) -> str:
     )
 
 
+def _rows(label: np.ndarray, axis: int) -> list[int]:
+    """The axes along which the positions of ``axis`` differ."""
+    return [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
+
+
 def _in_living_rows(cut: Cut, leaf: Leaf, axis: int) -> np.ndarray:
     """The elements along an axis, in the surviving rows only."""
     ids = leaf.labels[axis]
     assert isinstance(ids, np.ndarray)
-    for d, n in enumerate(ids.shape):
-        if n > 1 and d != axis and isinstance(leaf.labels[d], np.ndarray):
-            ids = np.take_along_axis(ids, cut.index(leaf.labels, d), axis=d)
-    return ids
+    return cut.array(ids, [label if d in _rows(ids, axis) else None for d, label in enumerate(leaf.labels)])
 
 
-def _removed(leaf: Leaf, entries: dict[int, dict], keep: dict) -> np.ndarray:
-    """The elements that one entry of a plan removes; rows that die as a whole are left to their own axis."""
-    axis, rows = keep["axis"], list(keep["rows"])
-    label = leaf.labels[axis]
+def _check_rows(leaf: Leaf, keep: dict) -> None:
+    """Raise if one entry of a plan cuts what must keep its size, or differs along axes along which nothing does."""
+    axis, label = keep["axis"], leaf.labels[keep["axis"]]
     if not isinstance(label, np.ndarray):
         raise ValueError(
             f"plan cuts {leaf.name!r} axis {axis}, which must keep its size (pinned, an input or an output)"
         )
-    own = [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
-    if not set(rows) <= set(own):
+    if not set(keep["rows"]) <= set(_rows(label, axis)):
         raise ValueError(
             f"plan is for another function: the positions of {leaf.name!r} axis {axis} depend on axes "
-            f"{own} here and on {rows} in the plan"
+            f"{_rows(label, axis)} here and on {keep['rows']} in the plan"
         )
-    ids = np.moveaxis(label, axis, -1).reshape(*[leaf.shape[d] for d in own], leaf.shape[axis])
-    living = np.ix_(*[entries[d]["positions"] if d in entries else range(leaf.shape[d]) for d in own])
-    ids = ids[living] if own else ids
+
+
+def _removed(leaf: Leaf, entries: dict[int, dict], keep: dict) -> np.ndarray:
+    """The elements that one entry of a plan removes; rows that die as a whole are left to their own axes."""
+    axis, rows = keep["axis"], keep["rows"]
+    label = leaf.labels[axis]
+    assert isinstance(label, np.ndarray)
+    own = _rows(label, axis)
+    ids = _cut_leaf(label, [entries[d] for d in own if d in entries])
+    ids = np.moveaxis(ids, axis, -1).reshape(*[ids.shape[d] for d in own], label.shape[axis])
     positions = np.asarray(keep["positions"], int)
     # rows that the plan does not tell apart (another axis was pinned when it was made) lose the same positions
     alike = positions.reshape([ids.shape[i] if d in rows else 1 for i, d in enumerate(own)] + [-1])
@@ -161,8 +170,8 @@ def apply_plan(plan: dict, tree: Any) -> Any:
         The pytree with smaller arrays.
 
     Raises:
-        ValueError: Not a plan, no leaf matches, a matching leaf has another shape, or some of the parameters are
-            missing.
+        ValueError: Not a plan, no leaf matches (though some are more than scalars), a matching leaf has another shape,
+            or some of the parameters are missing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -187,7 +196,7 @@ def apply_plan(plan: dict, tree: Any) -> Any:
             )
         matched += 1
         out.append(_cut_leaf(x, entry["keep"]))
-    if not matched:
+    if not matched and any(np.size(x) > 1 for _, x in flat):  # an optimizer may have no state, or just a count
         raise ValueError("no leaf of this tree has a path that the plan knows: the plan is for another function")
     missing = listed.keys() - {keys(path) for path, _ in flat}
     if missing and len(missing) < len(listed):

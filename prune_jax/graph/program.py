@@ -183,10 +183,10 @@ def _label(
         else:
             walk.sources[int(ids.flat[0])] = (leaf, axis, n)
         labels.append(ids)
-    for (which, row, _), block in nest.items():
-        ids_of_row = labels[row] if which == leaf else None
-        if block and isinstance(ids_of_row, np.ndarray):
-            walk.elements.block(ids_of_row)
+    for (which, row, own), block in nest.items():
+        ids_of_row, slots = (labels[row], labels[own]) if which == leaf else (None, None)
+        if block and isinstance(ids_of_row, np.ndarray) and isinstance(slots, np.ndarray):
+            walk.elements.block(*np.broadcast_arrays(ids_of_row, slots))
     return labels
 
 

@@ -53,8 +53,9 @@ def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list
     if walk.in_derivative:
         plain = walk.read(*opened(eqn.params["call_jaxpr"]), [Value(v.aval, v.labels) for v in ins], cut_outputs=True)
         return plain.outputs, plain.run
-    variables = [v for v in eqn.invars if isinstance(v, Var)]
     moving = [i for i, v in enumerate(eqn.invars) if isinstance(v, Var)]
+    variables = [v for v in eqn.invars if isinstance(v, Var)]
+    closed = sum(i < eqn.params.get("num_consts", 0) for i in moving)  # what the function closes over comes first
     ins = [Value(v.aval, v.labels, parameter=v.parameter) for v in ins]
     jaxpr, consts = opened(eqn.params["call_jaxpr"])
     outvars = [Var(v.aval) if isinstance(v, DropVar) else v for v in eqn.outvars]
@@ -66,14 +67,14 @@ def custom_derivative(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list
     forward = eqn.primitive.name == "custom_jvp_call"
     here = len(walk.path)
     try:
-        rule = _read_rule(walk, original, variables, [ins[i] for i in moving], primal.outputs, forward)
+        rule = _read_rule(walk, original, variables, [ins[i] for i in moving], primal.outputs, closed, forward)
     except Exception as error:  # somebody else's rule, traced outside of its own program, may fail in any way
         del walk.path[here:]
         where = f"the derivative rule of the function at {walk.line()}"
         return primal.outputs, _forward_only(primal, f"{where} cannot be read: {type(error).__name__}: {error}")
     finally:
         walk.in_derivative = False
-    return primal.outputs, _differentiable(primal, rule, moving, forward)
+    return primal.outputs, _differentiable(primal, rule, moving, closed, forward)
 
 
 def _read_rule(
@@ -82,25 +83,36 @@ def _read_rule(
     variables: list[Var],
     inputs: list[Value],
     outputs: list[Value],
+    closed: int,
     forward: bool,
 ) -> Body:
-    """The derivative program, by tangents (forward) or by cotangents; outputs labelled as what they belong to."""
+    """The derivative program, by tangents (forward) or by cotangents; outputs labelled as what they belong to.
+
+    The first ``closed`` inputs are arrays that the function closes over, which have no derivative.
+    """
     avals = [_spec(v) for v in variables]
     if forward:
-        tangents = [jax.ShapeDtypeStruct(a.shape, _tangent(a.dtype)) for a in avals]
-        closed = jax.make_jaxpr(lambda x, t: jax.jvp(original, x, t))(avals, tangents)
-        sources = [*inputs, *inputs]
+        tangents = [jax.ShapeDtypeStruct(a.shape, _tangent(a.dtype)) for a in avals[closed:]]
+
+        def derivative(x: list, t: list) -> Any:
+            return jax.jvp(lambda *y: original(*x[:closed], *y), x[closed:], t)
+
+        sources = [*inputs, *inputs[closed:]]
         targets = [*outputs, *outputs]
     else:
-        cotangents = [jax.ShapeDtypeStruct(v.shape, _tangent(v.aval.dtype)) for v in outputs]
-        closed = jax.make_jaxpr(lambda x, t: jax.vjp(original, *x)[1](list(t)))(avals, cotangents)
+        tangents = [jax.ShapeDtypeStruct(v.shape, _tangent(v.aval.dtype)) for v in outputs]
+
+        def derivative(x: list, t: list) -> Any:
+            return jax.vjp(lambda *y: original(*x[:closed], *y), *x[closed:])[1](t)
+
         sources = [*inputs, *outputs]
-        targets = inputs
+        targets = inputs[closed:]
+    program = jax.make_jaxpr(derivative)(avals, tangents)
     values = [
-        Value(v.aval, s.labels) for v, s in zip(closed.jaxpr.invars, [walk.settled(s) for s in sources], strict=True)
+        Value(v.aval, s.labels) for v, s in zip(program.jaxpr.invars, [walk.settled(s) for s in sources], strict=True)
     ]
     walk.in_derivative = True
-    rule = walk.read(closed.jaxpr, closed.consts, values, cut_outputs=True)
+    rule = walk.read(program.jaxpr, program.consts, values, cut_outputs=True)
     for got, wanted in zip(rule.outputs, targets, strict=True):
         _share(walk, got, wanted)
     return rule
@@ -127,7 +139,7 @@ def _forward_only(primal: Body, reason: str) -> Run:
     return run
 
 
-def _differentiable(primal: Body, rule: Body, moving: list[int], forward: bool) -> Run:
+def _differentiable(primal: Body, rule: Body, moving: list[int], closed: int, forward: bool) -> Run:
     def run(cut: Cut, *args: Any) -> list:
         def full(xs: Any) -> list:
             values = list(args)
@@ -141,12 +153,16 @@ def _differentiable(primal: Body, rule: Body, moving: list[int], forward: bool) 
         xs = [args[i] for i in moving]
         if not forward:
             backward = jax.custom_vjp(evaluate)
-            backward.defvjp(lambda *xs: (backward(*xs), xs), lambda xs, cts: tuple(rule.run(cut, *xs, *cts)))
+
+            def vjp(xs: Any, cts: Any) -> tuple:
+                return *[None] * closed, *rule.run(cut, *xs, *cts)
+
+            backward.defvjp(lambda *xs: (backward(*xs), xs), vjp)
             return list(backward(*xs))
         function = jax.custom_jvp(evaluate)
 
         def jvp(xs: Any, ts: Any) -> tuple:
-            out = rule.run(cut, *xs, *ts)
+            out = rule.run(cut, *xs, *ts[closed:])
             return function(*xs), tuple(out[len(out) // 2 :])
 
         function.defjvp(jvp)

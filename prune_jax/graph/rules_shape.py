@@ -142,8 +142,8 @@ def barrier(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], R
 def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """New and stretched axes are free; the others keep their labels.
 
-    What was divided by the number of copies is the cotangent of a mean over them, if there is one over the axes that
-    they meet: each copy then has its share of the cut number.
+    What was divided by the number of copies is, in a derivative, the cotangent of a mean over them, if there is one
+    over the axes that they meet: each copy then has its share of the cut number.
     """
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     source = ins[0]
@@ -155,7 +155,7 @@ def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[
             labels[out] = _reframe(label, where, len(shape))
             copied = [e for e in copied if e != out]
     dims = tuple(where)
-    shares = source.divided is not None and source.divided == math.prod(shape[d] for d in copied)
+    shares = walk.backward and source.divided is not None and source.divided == math.prod(shape[d] for d in copied)
 
     def run(cut: Cut, x: Any, *sizes: Any) -> list:
         new = cut.shape(labels, shape)

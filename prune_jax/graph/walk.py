@@ -153,6 +153,7 @@ class Walk:
         # Elements that weights bring forth, and that weights sum over; each with the parameter leaf that does.
         self.made: list[tuple[int, np.ndarray]] = []
         self.summed: list[tuple[int, np.ndarray]] = []
+        self.made_alone: list[np.ndarray] = []  # of those made, the ones whose weight makes no other axis besides
         # Elements of parameter axes that slices and the like have left out, and those that they have taken.
         self.skipped: list[np.ndarray] = []
         self.taken: list[np.ndarray] = []
@@ -168,6 +169,11 @@ class Walk:
         """Add the FLOPs of one equation of the primal program."""
         if not self.in_derivative:
             self.costs.append(cost)
+
+    @property
+    def backward(self) -> bool:
+        """Whether what is being read belongs to a derivative rule, or to a transposed program such as a gradient."""
+        return self.in_derivative or any("transpose(" in str(e.source_info.name_stack) for e in self.path)
 
     def decide(self, mean: bool) -> bool:
         """Whether a sum is a mean: where it looks so, and did in the earlier reading.
@@ -196,6 +202,8 @@ class Walk:
                 for noted, axes in ((self.summed, inner), (self.made, outer)):
                     labels = (v.labels[d] for d in axes)
                     noted += [(v.parameter, x) for x in labels if isinstance(x, np.ndarray) and x.size]
+                wide = [v.labels[d] for d in outer if v.shape[d] != 1]
+                self.made_alone += [x for x in wide if len(wide) == 1 and isinstance(x, np.ndarray)]
         if ins[0].parameter is None and ins[1].parameter is None:
             self.note_meeting([ins[0].labels[d] for d in contracted[0]])
 

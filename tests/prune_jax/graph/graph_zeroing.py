@@ -13,14 +13,18 @@ def zeroed(plan, params):
     out = []
     for x, entry in zip(leaves, plan["leaves"], strict=True):
         x = np.array(x)
-        kept = {k["axis"]: k["positions"] for k in entry["keep"]}
+        entries = {keep["axis"]: keep for keep in entry["keep"]}
         for keep in entry["keep"]:
             mask = np.zeros(x.shape, bool)
             positions = np.asarray(keep["positions"])
             for place in np.ndindex(positions.shape[:-1]):
+                survivor = dict(zip(keep["rows"], place, strict=True))
                 at = [slice(None)] * x.ndim
-                for d, i in zip(keep["rows"], place, strict=True):
-                    at[d] = kept[d][i] if d in kept else i
+                for d, i in survivor.items():  # the i-th survivor of axis d, whose survivors may differ along its rows
+                    rows = entries[d]["rows"] if d in entries else []
+                    at[d] = (
+                        np.asarray(entries[d]["positions"])[(*(survivor[e] for e in rows), i)] if d in entries else i
+                    )
                 at[keep["axis"]] = positions[place]
                 mask[tuple(at)] = True
             x = np.where(mask, x, 0)

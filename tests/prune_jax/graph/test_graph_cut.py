@@ -110,7 +110,30 @@ def odd_tangent():
     return f
 
 
-@pytest.mark.parametrize("make", [straight_through, odd_tangent, lambda: jax.nn.relu], ids=["vjp", "jvp", "relu"])
+def closing_over_arrays(kind):
+    scale, turns = jnp.arange(8.0), jnp.arange(8)
+
+    def make():
+        f = kind(lambda x: x * (scale * turns)[None])
+        if kind is jax.custom_vjp:
+            f.defvjp(lambda x: (f(x), None), lambda _, g: (3 * g * scale[None] * turns[None],))
+        else:
+            f.defjvp(lambda x, t: (f(*x), 3 * t[0] * scale[None] * turns[None]))
+        return f
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(straight_through, id="vjp"),
+        pytest.param(odd_tangent, id="jvp"),
+        pytest.param(closing_over_arrays(jax.custom_vjp), id="vjp-closing"),
+        pytest.param(closing_over_arrays(jax.custom_jvp), id="jvp-closing"),
+        pytest.param(lambda: jax.nn.relu, id="relu"),
+    ],
+)
 def test_derivative_rules_survive(make):
     activation = make()
 

@@ -10,6 +10,8 @@ from graph_zeroing import check
 
 from prune_jax.graph import UnknownPrimitiveError, dependency_groups, prune
 
+X = data(4, 3)
+
 
 def units(groups, kind="width"):
     """Every unit as a set of (path, axis, index), index a tuple."""
@@ -120,6 +122,38 @@ def test_heads_of_three_dimensional_kernels_choose_their_own_dims():
     }
     assert qk <= units(groups)
     assert len(units(groups, "block")) == 2
+
+
+@pytest.mark.parametrize(
+    ("net", "shapes"),
+    [
+        pytest.param(lambda p, h: h @ jnp.einsum("k,kio->io", p["g"], p["w"]), {"g": (4,), "w": (4, 8, 6)}, id="soup"),
+        pytest.param(lambda p, h: h @ p["w"].reshape(8, 6), {"w": (48,)}, id="flat kernel"),
+        pytest.param(
+            lambda p, h: jnp.einsum("bi,ijk,bj->bk", h, p["w"], jnp.tanh(X @ p["g"])),
+            {"g": (3, 5), "w": (8, 5, 6)},
+            id="bilinear",
+        ),
+    ],
+)
+def test_units_made_one_by_one_are_no_blocks(net, shapes):
+    """A layer's units stay single units where the next kernel has them beside another axis, or flat with it."""
+    params = weights(e=(3, 8), o=(6, 2), **shapes)
+
+    def whole(p, x):
+        return jnp.tanh(net(p, jnp.tanh(x @ p["e"]))) @ p["o"]
+
+    assert {g.kind for g in dependency_groups(whole, params, X)} == {"width"}
+    assert check(whole, params, X, ratio=0.5, scope="local").params["e"].shape == (3, 4)
+
+
+def test_heads_with_a_gate_of_their_own_are_blocks():
+    def net(p, x):
+        h = jnp.einsum("bc,chd->bhd", x, p["v"]) * jax.nn.sigmoid(x @ p["gate"])[:, :, None]
+        return jnp.einsum("bhd,hdo->bo", h, p["o"])
+
+    groups = dependency_groups(net, weights(v=(3, 4, 5), gate=(3, 4), o=(4, 5, 2)), X)
+    assert sorted((g.kind, g.size) for g in groups) == [("block", 4), *[("width", 5)] * 4]
 
 
 def test_grouped_query_attention():

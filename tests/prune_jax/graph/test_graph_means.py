@@ -47,14 +47,18 @@ def test_a_backward_rule_of_a_mean_is_that_of_the_smaller_mean() -> None:
         np.testing.assert_allclose(found[name], g, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_divided_by_the_width_but_no_mean_stays() -> None:
-    """Eight is a temperature here, and the number of units only by chance."""
+@pytest.mark.parametrize("copied", [jnp.broadcast_to, lambda s, shape: jnp.repeat(s, shape[1], 1)])
+@pytest.mark.parametrize("activation", [jnp.tanh, normalised])
+def test_what_is_divided_by_the_width_but_no_mean_stays(activation, copied) -> None:
+    """Eight is a temperature here, and the number of units only by chance, also where they have a mean elsewhere."""
 
     def net(p, x):
-        scale = (x @ p["s"])[:, 0] / 8
-        return (jnp.tanh(x @ p["a"]) * jnp.broadcast_to(scale[:, None], (len(x), 8))) @ p["b"]
+        h = activation(x @ p["a"])
+        return (h * copied((x @ p["s"]) / 8, h.shape)) @ p["b"]
 
-    assert check(net, weights(a=(3, 8), b=(8, 2), s=(3, 1)), X, ratio=0.5).params["a"].shape == (3, 4)
+    small = prune(net, weights(a=(3, 8), b=(8, 2), s=(3, 1)), X, ratio=0.5)
+    assert small.params["a"].shape == (3, 4)
+    np.testing.assert_allclose(small.fn(small.params, X), net(small.params, X), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

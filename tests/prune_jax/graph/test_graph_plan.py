@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from graph_architectures import ARCHITECTURES, data, weights
-from graph_zeroing import zeroed
+from graph_zeroing import check, zeroed
 
 from prune_jax.graph import apply_plan, prune, smaller_function
 
@@ -151,6 +151,30 @@ def test_rows_that_die_as_a_whole():
 
     pruned = prune(net, params, data(2, 5, 3), ratio=0.5, scope="local", kinds=("width", "block"))
     assert jax.tree.map(jnp.shape, pruned.params) == {"q": (3, 1, 4), "k": (3, 1, 4), "v": (3, 1, 4), "o": (1, 4, 3)}
+
+
+def test_rows_of_rows():
+    """A kernel of groups of heads of dims: which heads go differs from group to group, which dims from head to head."""
+
+    def net(p, x):
+        return jnp.einsum("bkgd,kgdo->bo", jnp.tanh(jnp.einsum("bc,ckgd->bkgd", x, p["w"])), p["o"])
+
+    params, x = weights(w=(5, 2, 3, 4), o=(2, 3, 4, 2)), data(6, 5)
+    for kinds, shape in ((("width",), (5, 2, 3, 2)), (("width", "block"), (5, 1, 1, 2))):
+        pruned = check(net, params, x, ratio=0.5, scope="local", kinds=kinds)
+        assert pruned.params["w"].shape == shape
+        dense = net(zeroed(pruned.plan, params), x[:4])
+        np.testing.assert_allclose(pruned.fn(pruned.params, x[:4]), dense, atol=1e-5)
+    other, small = weights(w=(5, 2, 3, 4), o=(3, 2, 4, 2)), prune(net, params, x, ratio=0.5, scope="local")
+    with pytest.raises(ValueError, match="leaf 'o' has shape"):
+        apply_plan(small.plan, other)
+
+
+@pytest.mark.parametrize("base", [optax.sgd(0.1), optax.sgd(optax.cosine_decay_schedule(0.1, 10))])
+def test_an_optimizer_without_arrays_has_nothing_to_cut(base):
+    fn, params, args = ARCHITECTURES["mlp"]()
+    state = base.init(params)
+    assert apply_plan(prune(fn, params, *args, ratio=0.5).plan, state) == state
 
 
 def test_parameters_called_as_an_optimizer_calls_its_moments():
