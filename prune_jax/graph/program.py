@@ -18,11 +18,20 @@ from prune_jax.graph.rules_gather import GATHER_RULES
 from prune_jax.graph.rules_index import INDEX_RULES
 from prune_jax.graph.rules_product import PRODUCT_RULES
 from prune_jax.graph.rules_reshape import RESHAPE_RULES
+from prune_jax.graph.rules_scatter import SCATTER_RULES
 from prune_jax.graph.rules_shape import SHAPE_RULES
 from prune_jax.graph.solve import Classes
 from prune_jax.graph.walk import Body, Value, Walk
 
-RULES = {**SHAPE_RULES, **RESHAPE_RULES, **PRODUCT_RULES, **INDEX_RULES, **GATHER_RULES, **CONTROL_RULES}
+RULES = {
+    **SHAPE_RULES,
+    **RESHAPE_RULES,
+    **PRODUCT_RULES,
+    **INDEX_RULES,
+    **GATHER_RULES,
+    **SCATTER_RULES,
+    **CONTROL_RULES,
+}
 MAX_PASSES = 6
 Pin: TypeAlias = Callable[[str], bool] | Mapping[str, int | Sequence[int]]
 

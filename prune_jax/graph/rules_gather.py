@@ -112,37 +112,6 @@ def _alone(walk: Walk, labels: list[Label], axis: int, shape: tuple, out: int, r
     return place(ids, out, rank)
 
 
-def scatter(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
-    """Window axes that cover the operand pass and are shared with the updates; all others must not change."""
-    numbers, elements = eqn.params["dimension_numbers"], walk.elements
-    operand, indices, updates = (list(v.labels) for v in ins)
-    shape, update_shape = ins[0].shape, ins[2].shape
-    batching = tuple(numbers.operand_batching_dims)
-    window = [d for d in range(len(shape)) if d not in numbers.inserted_window_dims and d not in batching]
-    partner = dict(zip(window, numbers.update_window_dims, strict=True))
-    for d in range(len(indices)):
-        settle(elements, indices, d)
-    for d in range(len(update_shape)):
-        if d not in numbers.update_window_dims:
-            settle(elements, updates, d)
-    for d in range(len(shape)):
-        u = partner.get(d)
-        if u is None or update_shape[u] != shape[d]:
-            settle(elements, operand, d)
-            if u is not None:
-                settle(elements, updates, u)
-            continue
-        a, b = concrete(elements, operand, d, shape), concrete(elements, updates, u, update_shape)
-        if a is None or b is None:
-            settle(elements, operand, d)
-            settle(elements, updates, u)
-        else:
-            for labels, ids, axis in ((operand, a, d), (updates, b, u)):
-                labels[axis] = elements.collapse(ids, tuple(e for e in range(ids.ndim) if e != axis))
-            elements.union(np.ravel(operand[d]), np.ravel(updates[u]))  # type: ignore[arg-type]
-    return labelled(eqn, operand), None
-
-
 def dynamic_slice(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:
     """Axes taken whole pass; one sliced at a known place is sliced; the others must not change."""
     sizes, shape = eqn.params["slice_sizes"], ins[0].shape
@@ -193,5 +162,4 @@ GATHER_RULES = {
     "gather": gather,
     "dynamic_slice": dynamic_slice,
     "dynamic_update_slice": dynamic_update_slice,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"), scatter),
 }

@@ -1,4 +1,4 @@
-"""Rules for slicing, joining, padding, gathering and scattering."""
+"""Rules for slicing, joining and padding."""
 
 from __future__ import annotations
 

@@ -246,3 +246,34 @@ def test_the_gradient_of_a_grouped_convolution_inside_of_the_function() -> None:
 
     params = weights(a=(3, 4), k=(3, 2, 6), b=(6, 2))
     check(lambda p, x: jax.grad(energy)(x, p), params, X, ratio=0.5, scope="local")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda h, p: h.at[:, 2:5].set(0.0), id="slice"),
+        pytest.param(lambda h, p: h.at[:, :3].add(X), id="argument"),
+        pytest.param(lambda h, p: h.at[:, jnp.array([6, 1])].multiply(2.0), id="several"),
+        pytest.param(lambda h, p: h.at[:, jnp.array([1, 1, 4])].add(jnp.ones((4, 3))), id="twice"),
+        pytest.param(lambda h, p: h.at[:, 3].set(0.5), id="one"),
+        pytest.param(lambda h, p: h.at[:, 1:7:2].min(p["d"][None]), id="parameter"),
+        pytest.param(lambda h, p: h.at[:, :4].add(jnp.tanh(h[:, 4:])), id="itself"),
+        pytest.param(lambda h, p: h.at[:, :4].set(jnp.concatenate([-h[:, 2:4], h[:, :2]], 1)), id="rotated"),
+        pytest.param(lambda h, p: jnp.zeros((4, 16)).at[:, 4:12].set(h)[:, 2:10], id="padded"),
+        pytest.param(lambda h, p: (h.T.at[:, 1:3].set(0.0)).T, id="rows"),
+    ],
+)
+def test_writing_at_known_places(write) -> None:
+    def net(p, x):
+        return write(jnp.tanh(x @ p["a"]), p) @ p["b"]
+
+    small = check(net, weights(a=(3, 8), b=(8, 2), d=(3,)), X, ratio=0.5)
+    assert small.params["a"].shape[1] < 8
+
+
+def test_writing_at_places_known_only_when_it_runs() -> None:
+    def net(p, x, i):
+        return jnp.tanh(x @ p["a"]).at[:, i].set(0.0) @ p["b"] @ p["c"]
+
+    small = check(net, weights(a=(3, 8), b=(8, 6), c=(6, 2)), X, jnp.arange(2), ratio=0.5)
+    assert jax.tree.map(jnp.shape, small.params) == {"a": (3, 8), "b": (8, 3), "c": (3, 2)}
