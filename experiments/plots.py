@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 INK, MUTED, GRID = "#222222", "#666666", "#dddddd"
 _COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02", "#35978f")
@@ -28,6 +28,7 @@ def curves(
     log_x: bool = False,
     log_y: bool = False,
     last: bool = True,
+    bottom: float | None = None,
 ) -> None:
     """Draws lines named with their last values, and horizontal levels (such as a published number) named on the line.
 
@@ -41,6 +42,7 @@ def curves(
       log_x: logarithmic x; few different values are its ticks.
       log_y: logarithmic y.
       last: whether the names carry the last values.
+      bottom: of the y axis; None where the data decide.
     """
     figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     axis = figure.subplots()
@@ -76,8 +78,17 @@ def curves(
             fontsize=8,
             color=MUTED,
         )
+    axis.set_ylim(bottom=bottom)
+    if not log_x:
+        _whole_ticks(axis, [x for x, _ in series.values()])
     _dress(axis, title, x_label, y_label)
     save(figure, path)
+
+
+def _whole_ticks(axis: Axes, values: Iterable[Sequence[float]]) -> None:
+    """No ticks between the values of an axis that counts, as blocks and epochs do."""
+    if all(float(v).is_integer() for x in values for v in x):
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _line(number: int) -> tuple[str, str]:
@@ -190,6 +201,7 @@ def panels(
     log_x: bool = False,
     log_y: bool = False,
     marks: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
+    variants: Mapping[str, str] | None = None,
 ) -> None:
     """Draws several plots side by side on the same axes; a name has one colour in all, told by the legend.
 
@@ -204,14 +216,21 @@ def panels(
       log_x: logarithmic x axis.
       log_y: logarithmic y axis.
       marks: panel -> name -> x and y of single points, such as published numbers; in grey.
+      variants: of a line the one whose colour it shares; the first is dashed, the next dotted.
     """
     figure = Figure(figsize=(1.9 + 3.1 * len(series), 3.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(series), sharex=True, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for lines in series.values() for name in lines))
+    plain = [name for name in names if name not in (variants or {})]
+    looks = {name: _line(plain.index(name)) for name in plain}
+    for name, whose in (variants or {}).items():
+        if name in names:
+            shown = sum(of == whose for other, of in (variants or {}).items() if other in looks)
+            looks[name] = (looks[whose][0] if whose in looks else _line(len(looks))[0], ("--", ":")[shown])
     handles: dict[str, Any] = {}
     for axis, (panel, lines) in zip(axes, series.items(), strict=True):
         for name, (x, y, *spread) in lines.items():
-            colour, style = _line(names.index(name))
+            colour, style = looks[name]
             marker = "o" if len(x) < 30 else None
             (handles[name],) = axis.plot(
                 x, y, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3
@@ -223,6 +242,8 @@ def panels(
             (handles[name],) = axis.plot(x, y, shape, markerfacecolor="none", markeredgecolor=MUTED, markersize=5)
         _dress(axis, panel, x_label, size=9)
     axes[0].set_ylabel(y_label, color=INK)
+    if not log_x:
+        _whole_ticks(axes[0], [line[0] for lines in series.values() for line in lines.values()])
     if log_x:
         axes[0].set_xscale("log")
     if log_y:

@@ -104,7 +104,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     """Draws the figures of a finished run from its logs and result."""
     metrics, wanted = result["metrics"], set(result["figures"])
     on = f"{result['config']['base']} on {metrics['dataset']}"
-    _draw_flops(directory, metrics, on)
+    _draw_flops(directory, metrics, result["config"], on)
     if "latency.png" in wanted:
         _draw_latency(directory, metrics, on)
     _draw_tokens(directory, metrics, on)
@@ -142,28 +142,34 @@ def _some_blocks(depth: int) -> list[int]:
 
 
 def _line(rows: Sequence[dict[str, Any]], x: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Points of a line, by x, from 100 % of the dense model on."""
+    """Points of a line, by x."""
     points = sorted(zip(x, [row["accuracy"] for row in rows], strict=True))
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _draw_flops(directory: Path, metrics: dict[str, Any], on: str) -> None:
+def _draw_flops(directory: Path, metrics: dict[str, Any], config: dict[str, Any], on: str) -> None:
+    """Only lines of the ViT as it is start at the dense one: where training went on, no dense one had the same."""
     dense = metrics["dense"]
-    titles = {"none": "{}", "classifier": "{}, classifier", "joint": "{}, jointly", "ViT": "{}"}
-    panels: dict[str, dict[str, Any]] = {"the ViT as it is": {}, "trained on": {}}
-    for panel, trained in (("the ViT as it is", ("none",)), ("trained on", ("classifier", "joint", "ViT"))):
-        for how in trained:
-            for series in TITLES:
-                rows = [r for r in metrics["rows"] if r["series"] == series and r["trained"] == how]
-                if rows:
-                    shares = [100 * row["flops"] / dense["flops"] for row in rows]
-                    panels[panel][titles[how].format(TITLES[series])] = _line([*rows, dense], [*shares, 100.0])
+    as_it_is, after = "the ViT as it is", f"trained on, {config['epochs']:g} epochs"
+    jointly = f"{{}}, jointly, {config['joint_epochs']:g} epochs\nat each rate from the largest down"
+    titles = {"none": "{}", "ViT": "{}", "classifier": "{}, classifier alone", "joint": jointly}
+    panels: dict[str, dict[str, Any]] = {as_it_is: {}, after: {}}
+    for how, title in titles.items():
+        for series in TITLES:
+            rows = [r for r in metrics["rows"] if r["series"] == series and r["trained"] == how]
+            if rows and how == "none":
+                rows = [*rows, dense]
+            if rows:
+                shares = [100 * row["flops"] / dense["flops"] for row in rows]
+                panels[as_it_is if how == "none" else after][title.format(TITLES[series])] = _line(rows, shares)
+    variants = {titles[how].format(name): name for how in ("classifier", "joint") for name in TITLES.values()}
     plots.panels(
         {name: lines for name, lines in panels.items() if lines},
         directory / "flops.png",
         title=f"{on}: accuracy against FLOPs",
         x_label="FLOPs, % of the dense model",
         y_label="accuracy on test, %",
+        variants=variants,
     )
 
 
@@ -191,13 +197,17 @@ def _draw_tokens(directory: Path, metrics: dict[str, Any], on: str) -> None:
     untrained = [row for row in metrics["rows"] if row["trained"] == "none"]
     rates = sorted({row["keep"] for row in untrained}, key=lambda keep: abs(keep - 0.5))
     rows = [row for row in untrained if row["keep"] == rates[0]]
-    series = {TITLES[row["series"]]: (range(1, len(row["tokens"]) + 1), row["tokens"]) for row in rows}
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row["tokens"]), []).append(TITLES[row["series"]])
+    of_stages = "; DynamicViT's rate is that of each stage" if any("dynamic" in r["series"] for r in rows) else ""
     plots.curves(
-        series,
+        {"\n".join(names): (range(1, len(tokens) + 1), tokens) for tokens, names in alike.items()},
         directory / "tokens.png",
         title=f"{on}: tokens that each block computes, keep rate {rates[0]:g}",
-        x_label="block",
+        x_label=f"block{of_stages}",
         y_label="tokens",
+        bottom=0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 import re
 from collections.abc import Callable
@@ -132,6 +133,11 @@ def check_bool(masks: PyTree) -> None:
                 f"masks: {path_name(path)!r} has dtype {jnp.result_type(mask)}, masks are bool; make them "
                 "by make_masks, or by .astype(bool)"
             )
+
+
+def is_real(value: Any) -> bool:
+    """Whether this is a real number: neither an array nor text, None or a bool; NaN is one."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_count(name: str, value: Any, least: int) -> int:

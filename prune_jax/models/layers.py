@@ -14,7 +14,7 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
 
-from prune_jax.tree import widen
+from prune_jax.tree import check_count, is_real, widen
 
 Gelu = Literal["exact", "tanh"]
 
@@ -260,8 +260,13 @@ def fill_widths(
     """The widths of one block, with the published defaults where they are None.
 
     Raises:
-      ValueError: a head dim is not given and the heads do not divide the width.
+      ValueError: a width that is not a whole number of at least 1, or a head dim is not given and the heads do not
+        divide the width.
     """
+    given = {"width": width, "heads": heads, "qk_dim": qk_dim, "v_dim": v_dim, "mlp_hidden": mlp_hidden}
+    for name, value in given.items():
+        if value is not None:
+            check_count(name, value, 1)
     if width % heads and None in (qk_dim, v_dim):
         raise ValueError(f"heads must divide the width, got {heads} heads and width {width}; or give qk_dim and v_dim")
     qk_dim = width // heads if qk_dim is None else qk_dim
@@ -275,7 +280,10 @@ def fill_widths(
     }
 
 
-def check_gelu(gelu: str) -> None:
-    """Raises ValueError unless `gelu` is one of the two forms."""
+def check_blocks(gelu: str, dropout: float, drop_path: float) -> None:
+    """Raises ValueError unless `gelu` is one of the two forms and the rates are in [0, 1]."""
     if gelu not in ("exact", "tanh"):
         raise ValueError(f"gelu must be 'exact' or 'tanh', got {gelu!r}")
+    for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
+        if not (is_real(rate) and 0 <= rate <= 1):
+            raise ValueError(f"{name} must be from 0 to 1, got {rate!r}")

@@ -18,7 +18,7 @@ from prune_jax.models.layers import (
     BLOCK_WIDTHS,
     Block,
     Gelu,
-    check_gelu,
+    check_blocks,
     dense,
     drop_path_rates,
     each_layer,
@@ -26,7 +26,7 @@ from prune_jax.models.layers import (
     initialise,
     plain,
 )
-from prune_jax.tree import widen
+from prune_jax.tree import check_count, widen
 
 SIZES: dict[str, dict[str, Any]] = {
     "T": {"width": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
@@ -194,7 +194,8 @@ class Swin(nn.Module):
 
     def setup(self) -> None:
         """Declares the parts."""
-        check_gelu(self.gelu)
+        check_blocks(self.gelu, self.dropout, self.drop_path)
+        check_count("patch", self.patch, 1)
         dtype = self.compute_dtype
         self.embedding = dense(self.widths[0], dtype)
         self.embedding_norm = nn.LayerNorm(epsilon=1e-5, dtype=dtype)

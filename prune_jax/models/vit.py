@@ -18,14 +18,14 @@ from prune_jax.models.layers import (
     BLOCK_WIDTHS,
     Block,
     Gelu,
-    check_gelu,
+    check_blocks,
     dense,
     drop_path_rates,
     each_layer,
     fill_widths,
     initialise,
 )
-from prune_jax.tree import widen
+from prune_jax.tree import check_count, widen
 
 SIZES: dict[str, dict[str, Any]] = {
     "Ti": {"width": 192, "depth": 12, "heads": 3},
@@ -128,6 +128,7 @@ class ViT(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         rows, columns = each_layer("image_size", self.image_size, 2)
+        check_count("patch", self.patch, 1)
         if rows % self.patch or columns % self.patch:
             raise ValueError(f"patch must divide the image size, got patch {self.patch} and image_size {rows, columns}")
         return rows // self.patch, columns // self.patch
@@ -240,7 +241,9 @@ class ViT(nn.Module):
         return jnp.concatenate([*wide, x], axis=1)
 
     def _check(self) -> None:
-        check_gelu(self.gelu)
+        check_blocks(self.gelu, self.dropout, self.drop_path)
+        check_count("depth", self.depth, 1)
+        check_count("registers", self.registers, 0)
         if self.pool not in ("token", "mean"):
             raise ValueError(f"pool must be 'token' or 'mean', got {self.pool!r}")
         if self.distilled and self.pool == "mean":

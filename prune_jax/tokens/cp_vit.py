@@ -22,7 +22,8 @@ from jax import Array
 from prune_jax.models.layers import each_layer, normalised, plain
 from prune_jax.models.vit import ViT
 from prune_jax.tokens import state
-from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, patches_of
+from prune_jax.tokens.protocol import TokenMethod, Trace, check_model, params_of, patches_of
+from prune_jax.tree import is_real
 
 Queries = Literal["all", "prefix"]
 NOTHING_LEFT = 1 - 1e-9  # ratios that are 1 in decimals may sum to a little less
@@ -75,10 +76,8 @@ class CPViT(TokenMethod):
     def counts(self) -> tuple[int, ...]:
         """Patch tokens left after each block's cut."""
         ratios = each_layer("ratios", self.ratios, self.model.depth)
-        gone = np.cumsum(ratios)
-        if not (min(ratios) >= 0 and gone[-1] < NOTHING_LEFT):  # nor NaN
-            raise ValueError(f"ratios must not be negative and sum to less than 1, got {ratios}")
-        return state.counts([float(1 - fraction) for fraction in gone], patches_of(self.model))
+        _check_ratios(ratios)
+        return state.counts([float(1 - fraction) for fraction in np.cumsum(ratios)], patches_of(self.model))
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -107,6 +106,11 @@ class CPViT(TokenMethod):
         prefix = self.model.prefix
         seen = p[:, :, :prefix] if self.queries == "prefix" else p
         return patch_informativeness(jax.lax.stop_gradient(seen), prefix).sum(axis=1)
+
+
+def _check_ratios(ratios: Sequence[float]) -> None:
+    if not (all(is_real(r) and r >= 0 for r in ratios) and sum(ratios) < NOTHING_LEFT):  # nor NaN
+        raise ValueError(f"ratios must be numbers that are not negative and sum to less than 1, got {ratios}")
 
 
 def patch_informativeness(probabilities: Array, prefix: int) -> Array:
@@ -140,6 +144,9 @@ def attention_profile(model: ViT, images: Array) -> AttentionProfile:
     Returns:
       The profile.
 
+    Raises:
+      ValueError: no images.
+
     Example:
       >>> model = ViT(num_classes=3, image_size=8, patch=2, width=8, depth=2, heads=2)
       >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
@@ -147,6 +154,8 @@ def attention_profile(model: ViT, images: Array) -> AttentionProfile:
       >>> profile.maps.shape, profile.ranges.shape, profile.patches.shape, profile.heads[0].shape
       ((2, 16, 16), (2,), (5, 2, 16), (2,))
     """
+    if images.shape[0] == 0:
+        raise ValueError("images must be at least one, to be looked at, got none")
     prefix = model.prefix
     x = model.embed(images)
     maps, ranges, patches, heads = [], [], [], []
@@ -185,12 +194,18 @@ def attention_range(attention: Array, grid: Sequence[int]) -> Array:
     Returns:
       (...).
 
+    Raises:
+      ValueError: attention of another number of patches.
+
     Example:
       >>> diagonal, stripe = jnp.eye(16), jnp.zeros((16, 16)).at[:, 5].set(1.0)
       >>> [round(float(attention_range(a, (4, 4))), 2) for a in (diagonal, stripe, (diagonal + stripe) / 2)]
       [0.0, 1.0, 0.61]
     """
-    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    patches = grid[0] * grid[1]
+    if attention.shape[-2:] != (patches, patches):
+        raise ValueError(f"attention must be (..., {patches}, {patches}) on this grid, got {attention.shape}")
+    rows, columns = np.divmod(np.arange(patches), grid[1])
     near = (abs(rows[:, None] - rows) <= 1) & (abs(columns[:, None] - columns) <= 1)
     received = attention.mean(axis=-2)
     stripes = 0.5 * jnp.abs(received - 1 / len(rows)).sum(axis=-1)
@@ -231,8 +246,8 @@ def layer_ratios(ranges: Sequence[float] | Array, ratio: float, *, sharpness: fl
     if not 0 < sharpness < math.inf:
         raise ValueError(f"sharpness must be above 0 and finite, got {sharpness}")
     found = np.asarray(ranges, float)
-    if not all(0 <= r < math.inf for r in found.tolist()):
-        raise ValueError(f"ranges must be finite and not negative, got {found.tolist()}")
+    if found.ndim != 1 or not found.size or not all(0 <= r < math.inf for r in found.tolist()):
+        raise ValueError(f"ranges must be one of each block, finite and not negative, got {found.tolist()}")
     shape = np.cumsum((found / (found.max() or 1.0)) ** sharpness)
     limit = float((most * (shape > 0)).mean())
     if not 0 <= ratio <= limit:
@@ -266,11 +281,12 @@ def least_heads(heads: Sequence[Array], ratios: float | Sequence[float]) -> tupl
       ((0, 1), (0, 1), (1,))
     """
     numbers = [len(h) for h in heads]
-    if len(set(numbers)) > 1:
-        raise ValueError(f"heads must be as many in every block to add up over blocks, got {numbers}")
+    if len(set(numbers)) != 1:
+        raise ValueError(f"heads must be as many in every block to add up over blocks, got {numbers or 'no block'}")
     ratios = each_layer("ratios", ratios, len(heads))
-    if min(ratios) < 0 or sum(ratios) >= NOTHING_LEFT or int(sum(ratios) * numbers[0] + 1e-6) >= numbers[0]:
-        raise ValueError(f"ratios must not be negative and sum to less than 1, got {ratios}")
+    _check_ratios(ratios)
+    if int(sum(ratios) * numbers[0] + 1e-6) >= numbers[0]:
+        raise ValueError(f"ratios must sum to less than 1, so that one of {numbers[0]} heads is left, got {ratios}")
     alive, kept = list(range(numbers[0])), []
     scores, gone = np.zeros(numbers[0]), 0.0
     for informativeness, ratio in zip(heads, ratios, strict=True):
@@ -296,7 +312,9 @@ def cut_heads(model: ViT, variables: Any, kept: Sequence[Sequence[int]]) -> tupl
       The narrower ViT and its variables.
 
     Raises:
-      ValueError: a block without heads, heads that a block does not have, or the same head twice.
+      ValueError: a block without heads, heads that a block does not have, or the same head twice; variables that are
+        not the model's.
+      TypeError: a model that is not a ViT.
 
     Example:
       >>> model = ViT(num_classes=3, image_size=8, patch=2, width=8, depth=2, heads=2)
@@ -305,22 +323,32 @@ def cut_heads(model: ViT, variables: Any, kept: Sequence[Sequence[int]]) -> tupl
       >>> small.heads, cut["params"]["blocks_1"]["attention"]["qkv"]["kernel"].shape
       ((2, 1), (8, 12))
     """
+    if not isinstance(model, ViT):
+        raise TypeError(f"heads are cut out of a ViT, got {type(model).__name__}")
     widths = model.block_widths
     if len(kept) != model.depth:
         raise ValueError(f"kept must list the heads of {model.depth} blocks, got {len(kept)}")
-    params = dict(variables["params"])
+    params = dict(params_of(variables))
     for i, (heads, width) in enumerate(zip(kept, widths, strict=True)):
         index = np.asarray(heads)
         if index.size == 0 or index.dtype.kind not in "iu" or not set(index.tolist()) <= set(range(width["heads"])):
             raise ValueError(f"kept[{i}] must name one or more of {width['heads']} heads, got {tuple(heads)}")
         if len(set(index.tolist())) < index.size:
             raise ValueError(f"kept[{i}] must name each head once, got {tuple(heads)}")
-        block = params[f"blocks_{i}"]
+        block = params.get(f"blocks_{i}")
+        if block is None:
+            raise ValueError(f"variables must be those of the ViT, which have blocks_{i}, got params of {[*params]}")
+        expected = width["width"], width["heads"] * (2 * width["qk_dim"] + width["v_dim"])
+        found = block["attention"]["qkv"]["kernel"].shape
+        if found != expected:
+            raise ValueError(
+                f"variables are not the model's: the qkv kernel of block {i} must be {expected}, got {found}"
+            )
         qkv, proj = block["attention"]["qkv"], block["attention"]["proj"]
-        columns = {n: rearrange(x, "... (h c) -> ... h c", h=width["heads"])[..., index, :] for n, x in qkv.items()}
+        ours = {n: rearrange(x, "... (h c) -> ... h c", h=width["heads"])[..., index, :] for n, x in qkv.items()}
         rows = rearrange(proj["kernel"], "(h c) d -> h c d", h=width["heads"])[index]
         attention = {
-            "qkv": {name: rearrange(x, "... h c -> ... (h c)") for name, x in columns.items()},
+            "qkv": {name: rearrange(x, "... h c -> ... (h c)") for name, x in ours.items()},
             "proj": {**proj, "kernel": rearrange(rows, "h c d -> (h c) d")},
         }
         params[f"blocks_{i}"] = {**block, "attention": attention}

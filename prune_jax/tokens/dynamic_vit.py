@@ -140,10 +140,10 @@ class DynamicViT(TokenMethod):
         if not isinstance(self.keep, Sequence):
             state.check_fraction("keep", self.keep)
             return tuple(self.keep ** (s + 1) for s in range(len(stages)))
-        if len(self.keep) != len(stages) or any(a < b for a, b in pairwise(self.keep)):
-            raise ValueError(f"keep must be one number or {len(stages)} falling fractions, got {tuple(self.keep)}")
         for fraction in self.keep:
             state.check_fraction("keep", fraction)
+        if len(self.keep) != len(stages) or any(a < b for a, b in pairwise(self.keep)):
+            raise ValueError(f"keep must be one number or {len(stages)} falling fractions, got {tuple(self.keep)}")
         return tuple(self.keep)
 
     @property
@@ -180,8 +180,9 @@ class DynamicViT(TokenMethod):
 
         Args:
           images: (B, H, W, C).
-          decisions: masks after each stage (B, stages, N); what a stage has dropped no later one brings back. None
-            draws them by Gumbel-softmax, from rng "gumbel", at the stages at which `trace` drops any.
+          decisions: masks after each stage (B, stages, N), bool or 0 and 1 (between the two only where a derivative
+            is taken); what a stage has dropped no later one brings back. None draws them by Gumbel-softmax, from rng
+            "gumbel", at the stages at which `trace` drops any.
           train: whether the ViT drops units and branches.
 
         Returns:
@@ -196,6 +197,8 @@ class DynamicViT(TokenMethod):
         if decisions is not None:
             shape = (mask.shape[0], len(self.stages), mask.shape[1])
             state.check_decisions("decisions", decisions, shape, "(images, stages, patches)")
+            if not jnp.issubdtype(decisions.dtype, jnp.inexact):
+                decisions = decisions > 0  # 0 and 255 too
         size, weights = mask, None
         left = (mask.shape[1], *self.counts)
         masks: list[Array] = []

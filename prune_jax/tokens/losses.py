@@ -85,7 +85,15 @@ def token_distillation(patches: Array, teacher_patches: Array, mask: Array) -> A
 
     Returns:
       A scalar, 0 if nothing is kept.
+
+    Raises:
+      ValueError: shapes that do not belong together.
     """
+    if patches.ndim != 3 or patches.shape != teacher_patches.shape or mask.shape != patches.shape[:2]:
+        raise ValueError(
+            f"patches and teacher_patches must be (B, N, D) with a mask (B, N), got {patches.shape}, "
+            f"{teacher_patches.shape} and {mask.shape}"
+        )
     patches, teacher_patches = widen((patches, teacher_patches))
     kept = lax.stop_gradient(mask) > 0
     squares = ((patches - lax.stop_gradient(teacher_patches)) ** 2).mean(axis=-1)

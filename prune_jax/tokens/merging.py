@@ -97,12 +97,15 @@ def merge_counts(patches: int, depth: int, keep: float) -> tuple[int, ...]:
       `ToMe.r`: as even as whole numbers and halves allow.
 
     Raises:
-      ValueError: a fraction above 1, or below what halving the tokens in every block leaves.
+      ValueError: no patches or blocks; a fraction above 1, or below what halving the tokens in every block leaves.
 
     Example:
       >>> merge_counts(196, 12, 0.6)
       (12, 12, 12, 12, 12, 12, 12, 13, 12, 12, 12, 12)
     """
+
+    check_count("patches", patches, 1)
+    check_count("depth", depth, 1)
 
     def merged(pace: float) -> tuple[int, ...]:
         left, counts = patches, []

@@ -179,7 +179,7 @@ def capacities(scores: Blocks, keep: float) -> tuple[float, ...]:
       `PatchSkip.capacity` or `SwinPatchSkip.capacity`, for each block at least one patch.
 
     Raises:
-      ValueError: a fraction outside (0, 1].
+      ValueError: a fraction outside (0, 1], or scores that are NaN.
 
     Example:
       >>> capacities(jnp.array([[[1.0, 2.0, 3.0, 4.0], [4.5, 5.0, 6.0, 0.0]]]), 0.5)
@@ -187,6 +187,8 @@ def capacities(scores: Blocks, keep: float) -> tuple[float, ...]:
     """
     state.check_fraction("keep", keep)
     blocks = [np.asarray(x) for x in (scores if isinstance(scores, tuple) else np.moveaxis(np.asarray(scores), 1, 0))]
+    if any(np.isnan(x).any() for x in blocks):
+        raise ValueError("scores are NaN: the model or its scorers were not trained well, or an image holds NaN")
     ranked = np.sort(np.concatenate([x.ravel() for x in blocks]))[::-1]
     wanted = max(1, round(keep * len(ranked)))
     cut = ranked[wanted - 1]

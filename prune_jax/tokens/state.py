@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prune_jax.tree import widen
+from prune_jax.tree import is_real, widen
 
 NOBODY = -1  # owner of a patch that no token carries
 
@@ -125,8 +125,9 @@ def absorb(x: Array, size: Array, source: Array, source_size: Array, target: Arr
       The tokens that stay and their sizes.
     """
     into = jax.nn.one_hot(target, x.shape[1], axis=1)  # (B, T, M)
-    total = size + jnp.einsum("btm,bm->bt", into, source_size)
-    mixed = size[..., None] * x + into @ (source_size[..., None] * source)
+    # these products only select and add up; accelerators would round what they add to 8 or 10 bits
+    total = size + jnp.einsum("btm,bm->bt", into, source_size, precision="highest")
+    mixed = size[..., None] * x + jnp.matmul(into, source_size[..., None] * source, precision="highest")
     return (mixed / total[..., None]).astype(x.dtype), total
 
 
@@ -165,5 +166,5 @@ def check_decisions(name: str, decisions: Array, shape: tuple[int, ...], axes: s
 
 def check_fraction(name: str, value: float) -> None:
     """Raises ValueError unless 0 < value <= 1."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    if not (is_real(value) and 0 < value <= 1):
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")

@@ -102,6 +102,9 @@ def test_randomness_only_in_training():
         ({"mlp_hidden": (4, (3, 3))}, r"mlp_hidden\[1\] must be one value or a sequence of 1"),
         ({"heads": (4, 2)}, "heads must divide"),
         ({"gelu": "fast"}, "gelu must be"),
+        ({"dropout": 1.1}, "dropout must be from 0 to 1, got 1.1"),
+        ({"drop_path": "0.1"}, "drop_path must be from 0 to 1, got '0.1'"),
+        ({"patch": 0}, "patch must be a whole number of at least 1"),
     ],
 )
 def test_what_does_not_go_is_said(settings, message):

@@ -217,6 +217,13 @@ def test_exact_gelu_of_half_precision_is_rounded_once():
         ({"pool": "max"}, "pool must be"),
         ({"gelu": "fast"}, "gelu must be"),
         ({"pool": "mean", "distilled": True}, "distilled needs"),
+        ({"dropout": -0.1}, "dropout must be from 0 to 1, got -0.1"),
+        ({"drop_path": 1.5}, "drop_path must be from 0 to 1, got 1.5"),
+        ({"drop_path": math.nan}, "drop_path must be from 0 to 1, got nan"),
+        ({"depth": -1}, "depth must be a whole number of at least 1"),
+        ({"patch": 0}, "patch must be a whole number of at least 1"),
+        ({"heads": 0}, "heads must be a whole number of at least 1"),
+        ({"registers": -1}, "registers must be a whole number of at least 0"),
         ({"image_size": 16}, r"images must be \(batch, 16, 16, channels\)"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from token_models import IMAGES, MODEL, VARIABLES, run
 
 from prune_jax import flops
+from prune_jax.models import Swin
 from prune_jax.models.layers import normalised
 from prune_jax.tokens import CPViT, attention_profile, attention_range, cut_heads, layer_ratios, least_heads, wrap
 
@@ -149,11 +150,41 @@ def test_ratios_that_are_one_but_for_rounding_are_refused():
     assert CPViT(MODEL.clone(depth=10), 0.0999).tokens[-1] == 2
 
 
+@pytest.mark.parametrize("ratios", [None, "abc", float("nan"), (0.1, None, 0.1)])
+def test_ratios_are_numbers(ratios):
+    with pytest.raises(ValueError, match="ratios must be numbers that are not negative and sum to less than 1"):
+        CPViT(MODEL, ratios)
+
+
+def test_what_calibrates_must_be_there():
+    for measure in (lambda: layer_ratios([], 0.1), lambda: layer_ratios([[1.0, 1.0]], 0.1)):
+        with pytest.raises(ValueError, match="ranges must be one of each block"):
+            measure()
+    with pytest.raises(ValueError, match=r"heads must be as many in every block .* got no block"):
+        least_heads([], 0.1)
+    with pytest.raises(ValueError, match=r"attention must be \(..., 15, 15\) on this grid, got \(4, 16, 16\)"):
+        attention_range(jnp.ones((4, 16, 16)) / 16, (3, 5))
+    with pytest.raises(ValueError, match="images must be at least one"):
+        MODEL.apply(VARIABLES, IMAGES[:0], method=attention_profile)
+
+
+def test_heads_are_cut_out_of_this_model_alone():
+    all_heads = ((0, 1, 2),) * 3
+    with pytest.raises(ValueError, match=r"variables must be those of the ViT, which have blocks_0, got .*'model'"):
+        cut_heads(MODEL, {"params": {"model": VARIABLES["params"]}}, all_heads)
+    with pytest.raises(ValueError, match=r"variables must be \{'params': ...\}"):
+        cut_heads(MODEL, VARIABLES["params"], all_heads)
+    with pytest.raises(ValueError, match=r"the qkv kernel of block 0 must be \(24, 72\), got \(12, 36\)"):
+        cut_heads(MODEL.clone(width=24), VARIABLES, all_heads)
+    with pytest.raises(TypeError, match="heads are cut out of a ViT, got Swin"):
+        cut_heads(Swin(num_classes=3), VARIABLES, all_heads)
+
+
 def test_bad_calibrations_are_named():
     with pytest.raises(ValueError, match=r"ratio must be from 0 to 0.47 with these ranges, got 0.5"):
         layer_ratios([0.0, 1.0], 0.5)
     for bad in (-1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="ranges must be finite and not negative"):
+        with pytest.raises(ValueError, match="ranges must be one of each block, finite and not negative"):
             layer_ratios([1.0, bad], 0.5)
     with pytest.raises(ValueError, match="sharpness must be above 0 and finite, got 0"):
         layer_ratios([1.0, 1.0], 0.5, sharpness=0)

@@ -139,6 +139,22 @@ def test_losses_are_their_formulas():
     assert token_distillation(a, b, 0 * masks[:, 1]) == 0
 
 
+@pytest.mark.parametrize("shapes", [((3, 16, 12), (3, 16, 12), (3, 1)), ((3, 16, 12), (3, 1, 12), (3, 16))])
+def test_what_would_broadcast_to_another_loss_is_refused(shapes):
+    with pytest.raises(ValueError, match=r"must be \(B, N, D\) with a mask \(B, N\), got"):
+        token_distillation(*map(jnp.ones, shapes))
+
+
+def test_decisions_of_any_type_are_yes_or_no():
+    method = DynamicViT(MODEL, stages=(1,), keep=0.5)
+    variables = start(method)
+    kept = jax.random.bernoulli(jax.random.key(5), 0.5, (2, 1, 16))
+    masked = jax.jit(lambda d: method.apply(variables, IMAGES, decisions=d, method="masked").logits)
+    expected = masked(kept.astype(jnp.float32))
+    for decisions in (kept, kept.astype(jnp.int32), 255 * kept.astype(jnp.uint8)):
+        np.testing.assert_array_equal(masked(decisions), expected)
+
+
 def test_every_stage_has_a_fraction():
     for fractions in ((0.5,), (0.5, 0.5), 0.5):
         with pytest.raises(ValueError, match="a fraction for each stage"):

@@ -91,5 +91,8 @@ def test_merge_counts_keep_the_fraction(keep):
     left = 64 - np.cumsum(r)
     assert left.mean() / 64 == pytest.approx(keep, abs=0.02)
     assert ToMe(MODEL.clone(image_size=32, depth=6), r).tokens == tuple((1 + left).tolist())
+    for name, arguments in {"patches": (0, 6, 0.5), "depth": (64, 0, 0.5)}.items():
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+            merge_counts(*arguments)
     with pytest.raises(ValueError, match=r"keep must be from 0.16 to 1 with 6 blocks, got 0.1"):
         merge_counts(64, 6, 0.1)

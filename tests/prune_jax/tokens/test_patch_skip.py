@@ -163,6 +163,11 @@ def test_capacities_choose_as_many_patches_as_asked_however_many_scores_are_equa
     np.testing.assert_allclose(found, drawn, atol=0.01)
 
 
+def test_capacities_of_scores_that_are_nan_are_refused():
+    with pytest.raises(ValueError, match="scores are NaN"):
+        capacities(jnp.full((1, 2, 4), jnp.nan), 0.5)
+
+
 def test_capacities_of_equal_scores_still_save():
     assert capacities(jnp.zeros((4, 2, 16)), 0.1) == pytest.approx((13 / 128, 13 / 128))
 
