@@ -31,8 +31,8 @@ class MLPHead(nn.Module):
     Example:
       >>> import jax
       >>> head = MLPHead(hidden=(32,))
-      >>> variables = head.init(jax.random.key(0), jnp.zeros((1, 16)))
-      >>> head.apply(variables, jnp.ones((5, 16))).shape
+      >>> variables = jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, 16)))
+      >>> jax.jit(head.apply)(variables, jnp.ones((5, 16))).shape
       (5, 10)
 
     Reference: report A, section 1.4; report B, appendix .2.
@@ -65,8 +65,8 @@ class ConvHead(nn.Module):
     Example:
       >>> import jax
       >>> head = ConvHead(features=(8, 8))
-      >>> variables = head.init(jax.random.key(0), jnp.zeros((1, 8, 8, 16)))
-      >>> head.apply(variables, jnp.ones((5, 8, 8, 16))).shape
+      >>> variables = jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 16)))
+      >>> jax.jit(head.apply)(variables, jnp.ones((5, 8, 8, 16))).shape
       (5, 10)
 
     Reference: report A, section 1.4.
@@ -102,8 +102,8 @@ class ResidualHead(nn.Module):
     Example:
       >>> import jax
       >>> head = ResidualHead(widths=(8, 16))
-      >>> variables = head.init(jax.random.key(0), jnp.zeros((1, 8, 8, 16)))
-      >>> head.apply(variables, jnp.ones((5, 8, 8, 16))).shape
+      >>> variables = jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 16)))
+      >>> jax.jit(head.apply)(variables, jnp.ones((5, 8, 8, 16))).shape
       (5, 10)
 
     Reference: He et al., "Identity Mappings in Deep Residual Networks", 2016, arXiv:1603.05027.

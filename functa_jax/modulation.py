@@ -69,10 +69,10 @@ class ModulatedSiren(nn.Module):
       >>> import jax
       >>> model = ModulatedSiren(width=32, depth=3, out_features=1)
       >>> coords, latent = jnp.zeros((28, 28, 2)), jnp.zeros(16)
-      >>> variables = model.init(jax.random.key(0), coords, latent)
-      >>> model.apply(variables, coords, latent).shape
+      >>> variables = jax.jit(model.init)(jax.random.key(0), coords, latent)
+      >>> jax.jit(model.apply)(variables, coords, latent).shape
       (28, 28, 1)
-      >>> model.apply(variables, coords.reshape(-1, 2), jnp.zeros((5, 16))).shape  # five images at once
+      >>> jax.jit(model.apply)(variables, coords.reshape(-1, 2), jnp.zeros((5, 16))).shape  # five images at once
       (5, 784, 1)
 
     Reference: Dupont et al. 2022, arXiv:2201.12204, section 3.1 and appendix A.

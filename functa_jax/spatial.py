@@ -45,10 +45,10 @@ class SpatialModulatedSiren(nn.Module):
     Example:
       >>> model = SpatialModulatedSiren(width=32, depth=3, out_features=1)
       >>> coords, latent = jnp.zeros((28, 28, 2)), jnp.zeros((7, 7, 4))
-      >>> variables = model.init(jax.random.key(0), coords, latent)
-      >>> model.apply(variables, coords, latent).shape
+      >>> variables = jax.jit(model.init)(jax.random.key(0), coords, latent)
+      >>> jax.jit(model.apply)(variables, coords, latent).shape
       (28, 28, 1)
-      >>> model.apply(variables, coords.reshape(-1, 2), jnp.zeros((5, 7, 7, 4))).shape  # five images at once
+      >>> jax.jit(model.apply)(variables, coords.reshape(-1, 2), jnp.zeros((5, 7, 7, 4))).shape  # five images at once
       (5, 784, 1)
 
     Reference: Bauer et al. 2023, arXiv:2302.03130, section 3.1.

@@ -121,7 +121,7 @@ def wrap(method: TokenMethod, variables: Any, key: Array) -> dict[str, Any]:
       >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
       >>> method = DynamicViT(model, stages=(1,), keep=0.5)
       >>> small = wrap(method, variables, jax.random.key(1))
-      >>> sorted(small["params"]), method.tokens, method.apply(small, jnp.zeros((5, 8, 8, 3))).shape
+      >>> sorted(small["params"]), method.tokens, jax.jit(method.apply)(small, jnp.zeros((5, 8, 8, 3))).shape
       (['model', 'predictors_0'], (17, 9), (5, 3))
     """
     given = params_of(variables)

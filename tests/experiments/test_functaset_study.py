@@ -62,6 +62,7 @@ def test_the_latents_are_those_of_the_functa(whole):
     np.testing.assert_array_equal(copy.labels, found["train"].labels)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_from_its_chunks(whole, start, tmp_path):
     """kill -9, twice; a chunk that was kept is used, a damaged one is said and made again."""
     shutil.copytree(whole / "functa", tmp_path / "functa")

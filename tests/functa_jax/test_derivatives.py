@@ -77,10 +77,12 @@ def test_a_latent_network_gives_the_derivatives_of_its_own_rendering():
     model = ModulatedSiren(width=16, depth=3, out_features=3, w0=5.0)
     latent = jnp.linspace(-1, 1, 4)
     coords = coordinate_grid((6, 6))
-    variables = model.init(jax.random.key(0), coords, latent)
+    variables = jax.jit(model.init)(jax.random.key(0), coords, latent)
     found = derivatives(model.apply, variables, coords, latent, chunk=10)
-    np.testing.assert_allclose(found.value, model.apply(variables, coords, latent), atol=1e-6)
-    by_reverse = jax.vmap(jax.jacrev(lambda x: model.apply(variables, x[None], latent)[0]))(coords.reshape(-1, 2))
+    np.testing.assert_allclose(found.value, jax.jit(model.apply)(variables, coords, latent), atol=1e-6)
+    by_reverse = jax.jit(jax.vmap(jax.jacrev(lambda x: model.apply(variables, x[None], latent)[0])))(
+        coords.reshape(-1, 2)
+    )
     np.testing.assert_allclose(found.gradient.reshape(by_reverse.shape), by_reverse, rtol=1e-4, atol=1e-5)
 
 

@@ -102,11 +102,16 @@ def test_inpainting_reads_the_known_pixels_only_and_keeps_them():
 def test_a_network_is_fitted_as_fit_latents_does():
     model = ModulatedSiren(width=16, depth=3, out_features=3, w0=5.0)
     coords, latent = coordinate_grid((6, 6)), jnp.zeros(4)
-    variables = model.init(jax.random.key(0), coords, latent)
+    variables = jax.jit(model.init)(jax.random.key(0), coords, latent)
     images = jax.random.uniform(jax.random.key(1), (2, 6, 6, 3))
     options = {"steps": 3, "learning_rate": 0.5, "latent_penalty": 0.01}
-    latents, _ = fit_latents(model.apply, variables, coords, images, latent, **options)
-    expected = render(model.apply, variables, latents, (9, 9))
+
+    @jax.jit
+    def by_hand(variables):
+        latents, _ = fit_latents(model.apply, variables, coords, images, latent, **options)
+        return render(model.apply, variables, latents, (9, 9))
+
+    expected = by_hand(variables)
     found = super_resolve(model.apply, variables, images, latent, (9, 9), batched=True, **options)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
