@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import jax
 import numpy as np
 
-from prune_jax.graph.walk import shape_of, subjaxprs
+from prune_jax.graph.steps import shape_of, subjaxprs
 from prune_jax.tree import PyTree, is_none, map_masked
 
 ZERO: Final = "zero"  # a constant of zeros: counts as dense, unless padded onto or selected beside a masked weight

@@ -1,7 +1,8 @@
 """Structural pruning of any JAX function, from its jaxpr.
 
-How it works. ``program.read_program`` traces the function and walks its equations once. Each axis of each array carries
-a *label*: the elements (integer names) that stand along it (``labels``). Each position of each parameter axis starts as
+How it works. ``program.read_program`` traces the function and walks its equations once (``walk``; what it knows of
+operands: ``steps``). Each axis of each array carries a *label*: the elements (integer names) that stand along it
+(``labels``). Each position of each parameter axis starts as
 an element of its own; the rule of each primitive (the ``rules_*`` modules) labels the outputs, records which elements
 are one and the same (``elements``), and says how to run the operation at other sizes. A merged axis (flatten, heads
 times dims) is made of joint elements that live while all their factors live; a split axis whose rows may lose different

@@ -14,7 +14,7 @@ from jax.extend.core import Literal, Var
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.products import Product
 from prune_jax.graph.program import Program
-from prune_jax.graph.walk import Step, Value
+from prune_jax.graph.steps import Step, Value
 
 VIEWS = ("convert_element_type", "copy", "expand_dims", "reshape", "rev", "slice", "split", "squeeze", "transpose")
 

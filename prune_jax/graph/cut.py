@@ -11,7 +11,7 @@ from jax import lax
 from prune_jax.graph.labels import Free, Label, is_number
 
 if TYPE_CHECKING:
-    from prune_jax.graph.walk import Value
+    from prune_jax.graph.steps import Value
 
 
 class Cut:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from prune_jax.graph.rules_control import CALLS, opened, scan_parts
-from prune_jax.graph.walk import bind
+from prune_jax.graph.steps import bind
 
 LONGEST_UNROLLED = 64  # layers, not time steps
 INNER = {

@@ -21,7 +21,8 @@ from prune_jax.graph.rules_reshape import RESHAPE_RULES
 from prune_jax.graph.rules_scatter import SCATTER_RULES
 from prune_jax.graph.rules_shape import SHAPE_RULES
 from prune_jax.graph.solve import Classes
-from prune_jax.graph.walk import Body, Value, Walk
+from prune_jax.graph.steps import Body, Value
+from prune_jax.graph.walk import Walk
 
 RULES = {
     **SHAPE_RULES,

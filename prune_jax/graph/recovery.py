@@ -24,7 +24,7 @@ from prune_jax.graph.plan import check_params, deaths
 from prune_jax.graph.program import abstract, read_program
 from prune_jax.graph.pruning import Pruned
 from prune_jax.graph.schema import kept_shapes
-from prune_jax.graph.walk import Step
+from prune_jax.graph.steps import Step
 
 Env = dict[int, Any]
 

@@ -15,7 +15,8 @@ from prune_jax.graph.cut import Cut
 from prune_jax.graph.errors import UnknownPrimitiveError
 from prune_jax.graph.labels import Label, settle, unify
 from prune_jax.graph.rules_shape import drop
-from prune_jax.graph.walk import Body, Run, Value, Walk, shape_of
+from prune_jax.graph.steps import Body, Run, Value, shape_of
+from prune_jax.graph.walk import Walk
 
 
 def opened(inner: Any) -> tuple[Jaxpr, list]:

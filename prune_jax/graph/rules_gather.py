@@ -12,7 +12,8 @@ from prune_jax.graph.cut import Cut, take
 from prune_jax.graph.labels import Label, concrete, mix, place, settle, unify
 from prune_jax.graph.rules_index import pick
 from prune_jax.graph.rules_shape import drop, labelled
-from prune_jax.graph.walk import Run, Value, Walk, shape_of
+from prune_jax.graph.steps import Run, Value, shape_of
+from prune_jax.graph.walk import Walk
 
 
 def gather(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:

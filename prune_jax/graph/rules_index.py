@@ -12,7 +12,8 @@ from jax.extend.core import JaxprEqn
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.labels import Free, Label, concrete, place, settle, static, unify
 from prune_jax.graph.rules_shape import drop, labelled
-from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
+from prune_jax.graph.steps import Run, Value, bind, shape_of
+from prune_jax.graph.walk import Walk
 
 
 def pick(walk: Walk, labels: list[Label], axis: int, chosen: np.ndarray, shape: tuple) -> list[Label]:

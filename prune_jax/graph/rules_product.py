@@ -11,7 +11,8 @@ from jax.extend.core import JaxprEqn
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.labels import Free, Label, concrete, recognise, resolve, settle, unify
 from prune_jax.graph.rules_shape import labelled
-from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
+from prune_jax.graph.steps import Run, Value, bind, shape_of
+from prune_jax.graph.walk import Walk
 
 
 def dot_general(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:

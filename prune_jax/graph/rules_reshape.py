@@ -13,7 +13,8 @@ from jax.extend.core import JaxprEqn
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.labels import Free, Label, concrete, is_number, recognise, settle
 from prune_jax.graph.rules_shape import labelled, notes, transposed
-from prune_jax.graph.walk import Run, Value, Walk, shape_of
+from prune_jax.graph.steps import Run, Value, shape_of
+from prune_jax.graph.walk import Walk
 
 
 def reshape(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:

@@ -12,7 +12,8 @@ from jax.extend.core import JaxprEqn
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.labels import Label, concrete, is_number, settle
 from prune_jax.graph.rules_shape import labelled
-from prune_jax.graph.walk import Run, Value, Walk
+from prune_jax.graph.steps import Run, Value
+from prune_jax.graph.walk import Walk
 
 
 def scatter(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:

@@ -13,7 +13,8 @@ from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut
 from prune_jax.graph.labels import Free, Label, is_number, mix, settle, static, unify
-from prune_jax.graph.walk import Run, Value, Walk, bind, shape_of
+from prune_jax.graph.steps import Run, Value, bind, shape_of
+from prune_jax.graph.walk import Walk
 
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp

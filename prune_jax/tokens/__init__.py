@@ -1,15 +1,9 @@
 """Fewer tokens: drop, skip or merge the patches of a ViT that a class can be told without."""
 
-from prune_jax.tokens.cp_vit import (
-    AttentionProfile,
-    CPViT,
-    attention_profile,
-    attention_range,
-    cut_heads,
-    layer_ratios,
-    least_heads,
-)
+from prune_jax.tokens.attention import AttentionProfile, attention_profile, attention_range
+from prune_jax.tokens.cp_vit import CPViT, layer_ratios
 from prune_jax.tokens.dynamic_vit import DynamicViT, Masked, gumbel_keep, teach
+from prune_jax.tokens.heads import cut_heads, least_heads
 from prune_jax.tokens.losses import dynamic_vit_loss, ratio_loss, token_distillation
 from prune_jax.tokens.merging import ToMe, merge_counts
 from prune_jax.tokens.patch_skip import PatchSkip

@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from prune_jax.tree import is_real, widen
 
+NOTHING_LEFT = 1 - 1e-9  # ratios that are 1 in decimals may sum to a little less
 NOBODY = -1  # owner of a patch that no token carries
 
 
@@ -168,3 +169,9 @@ def check_fraction(name: str, value: float) -> None:
     """Raises ValueError unless 0 < value <= 1."""
     if not (is_real(value) and 0 < value <= 1):
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Raises ValueError unless the fractions that blocks drop are not negative and leave something."""
+    if not (all(is_real(r) and r >= 0 for r in ratios) and sum(ratios) < NOTHING_LEFT):  # nor NaN
+        raise ValueError(f"ratios must be numbers that are not negative and sum to less than 1, got {ratios}")
