@@ -2,12 +2,11 @@
 
 How it works. ``program.read_program`` traces the function and walks its equations once (``walk``; what it knows of
 operands: ``steps``). Each axis of each array carries a *label*: the elements (integer names) that stand along it
-(``labels``). Each position of each parameter axis starts as
-an element of its own; the rule of each primitive (the ``rules_*`` modules) labels the outputs, records which elements
-are one and the same (``elements``), and says how to run the operation at other sizes. A merged axis (flatten, heads
-times dims) is made of joint elements that live while all their factors live; a split axis whose rows may lose different
-positions (the dims of each head) must keep its rows equally long. Arguments and outputs never change. A primitive
-without a rule that meets a parameter raises.
+(``labels``). Each position of each parameter axis starts as an element of its own; the rule of each primitive (the
+``rules_*`` modules) labels the outputs, records which elements are one and the same (``elements``), and says how to run
+the operation at other sizes. A merged axis (flatten, heads times dims) is made of joint elements that live while all
+their factors live; a split axis whose rows may lose different positions (the dims of each head) must keep its rows
+equally long. Arguments and outputs never change. A primitive without a rule that meets a parameter raises.
 
 ``solve`` resolves all that to classes and ``groups`` to units that can go by themselves, sorted into groups;
 ``importance`` scores and ``select`` chooses them; ``plan`` writes down the survivors (``schema`` says in what form).
