@@ -1,17 +1,21 @@
 """Which layers of a network are coupled: the dependency graph and the dependency matrix of report A's equations 2-9."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 
 from experiments.plots import save
 
 _INK, _GRID = "#222222", "#dddddd"
-_COLOURS = ("#2166ac", "#b2182b", "#4d9221", "#8856a7", "#d95f02", "#1b9e77", "#a6761d", "#666666")
+_PAIRS = [to_hex(colour) for colour in colormaps["tab20"](range(20))]
+_COLOURS = [*_PAIRS[::2], *_PAIRS[1::2]]  # strong ones first
+_STRIPES = 12  # of a square, shared by the widths that meet in it
 _MARKS = {"made by": ("^", 46), "along": ("|", 60), "read by": ("o", 34)}
 
 
@@ -57,7 +61,7 @@ def dependency_graph(table: Sequence[dict[str, Any]], path: Path, *, title: str)
 
 
 def dependency_matrix(table: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws D of equation 9: a square where two parameter axes are cut together, in the colour of their width.
+    """Draws D of equation 9: a square where two parameter axes are cut together, in the colours of their widths.
 
     Args:
       table: `Groups.table()`, also after a round trip through JSON.
@@ -67,14 +71,25 @@ def dependency_matrix(table: Sequence[dict[str, Any]], path: Path, *, title: str
     names = list(dict.fromkeys((row["path"], row["axis"]) for row in table))
     ties = list(dict.fromkeys(row["tie"] for row in table))
     n = len(names)
-    colour = np.zeros((n, n), int)
+    shared: dict[tuple[int, int], list[int]] = {}
     for number, tie in enumerate(ties):
-        at = [names.index((row["path"], row["axis"])) for row in table if row["tie"] == tie]
-        colour[np.ix_(at, at)] = number % len(_COLOURS) + 1
+        at = sorted({names.index((row["path"], row["axis"])) for row in table if row["tie"] == tie})
+        for place in itertools.product(at, at):
+            shared.setdefault(place, []).append(number % len(_COLOURS) + 1)
+    colour = np.zeros((n, n, _STRIPES), int)
+    for place, numbers in shared.items():
+        colour[place] = np.asarray(numbers)[np.arange(_STRIPES) * len(numbers) // _STRIPES]
     side = 1.9 + 0.17 * n
     figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
     axis = figure.subplots()
-    axis.imshow(colour, cmap=ListedColormap(["#f4f4f4", *_COLOURS]), vmin=0, vmax=len(_COLOURS))
+    axis.imshow(
+        colour.reshape(n, n * _STRIPES),
+        cmap=ListedColormap(["#f4f4f4", *_COLOURS]),
+        vmin=0,
+        vmax=len(_COLOURS),
+        extent=(-0.5, n - 0.5, n - 0.5, -0.5),
+        interpolation="nearest",
+    )
     labels = [f"{_short(name)} [{where}]" for name, where in names]
     axis.set_xticks(range(n), labels, rotation=90, fontsize=6.5, color=_INK)
     axis.set_yticks(range(n), labels, fontsize=6.5, color=_INK)

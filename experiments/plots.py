@@ -321,7 +321,8 @@ def matrix(
     axis.imshow(np.where(log & (values == 0), np.nan, values), cmap="Blues", norm=scale, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         zero = log and value == 0
-        text = f"{value:#.2g}".rstrip(".") if log and not zero else f"{value:.0f}"
+        shown = "<1" if 0 < value < 0.5 else f"{value:.0f}"
+        text = f"{value:#.2g}".rstrip(".") if log and not zero else shown
         colour, weight = (_COLOURS[1], "bold") if zero else (INK, "normal")
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour, weight=weight)
     axis.set_xticks(range(len(columns)), columns, fontsize=8)

@@ -43,7 +43,9 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     )
     draw_costs(directory / "costs.png", tables, dense, trained, title=f"{name}: {_dense_text(dense)}")
     if len(arms) > 1:
-        draw_criteria(directory / "criteria.png", arms, dense, title=f"{name}: which units go, before any training")
+        draw_criteria(
+            directory / "criteria.png", arms, dense, title=f"{name}: which units go, no training after the cut"
+        )
     first = next(iter(tables))
     plots.matrix(
         {layer: [100 * p["widths"][layer] for p in tables[first]] for layer in tables[first][0]["widths"]},
@@ -56,7 +58,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
         figure(
             metrics["coupled"],
             directory / f"{kind}.png",
-            title=f"Dependency {kind} of a network like {name} with few layers",
+            title=f"Dependency {kind}: {name}, with as few layers as show it",
         )
 
 
@@ -108,11 +110,11 @@ def draw_costs(path: Path, arms: dict[str, Parts], dense: dict[str, Any], traine
 
 
 def draw_criteria(path: Path, arms: dict[str, Parts], dense: dict[str, Any], *, title: str) -> None:
-    """Accuracy of the cut and of the recovered networks, by how units are chosen."""
+    """Accuracy of the cut and of the recovered networks, by how units are chosen; each from what was cut on."""
     plots.panels(
         {
             state: {
-                _CRITERIA[arm]: _from_dense(dense["accuracy"], _over_ratio(parts, state))
+                _CRITERIA[arm]: _from_dense(parts[0].get("before", dense)["accuracy"], _over_ratio(parts, state))
                 for arm, parts in arms.items()
                 if parts
             }

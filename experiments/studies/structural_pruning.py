@@ -6,6 +6,7 @@ References: Fang et al. 2023, arXiv:2301.12900 (DepGraph); report A, sections 2.
 import dataclasses
 import functools
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,8 +106,8 @@ def check(config: Config) -> None:
     for name in ("sparse_epochs", "epochs", "base_epochs"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
-    if not config.ridge > 0:
-        raise ValueError(f"ridge must be above 0, got {config.ridge}")
+    if not 0 < config.ridge < math.inf:
+        raise ValueError(f"ridge must be above 0 and finite, got {config.ridge}")
 
 
 def _name(config: Config) -> str:
@@ -274,6 +275,10 @@ def _sizes(record: dict[str, Any]) -> list[float]:
     return [round(record["parameters"] / 1e6, 4), round(record["flops"] / 1e6, 2)]
 
 
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+
+
 def _comparisons(config: Config, base: Base, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     if config.network != "trained" or base.config.dataset != "cifar10" or base.config.model != "vit":
         return []
@@ -300,7 +305,7 @@ def _comparisons(config: Config, base: Base, metrics: dict[str, Any]) -> list[di
                 "published_setting": "ViT-B/16, 20 epochs of fine-tuning",
                 "higher_is_better": False,
                 "note": f"Each relative to its own dense network: ours has {dense:.2f} %, the report's "
-                f"{base_accuracy:g} %. Parameters left: ours {ours:.0%}, the report's {share:.0%}.",
+                f"{base_accuracy:g} %. Parameters left: ours {_share(ours)}, the report's {_share(share)}.",
             }
         )
     return found

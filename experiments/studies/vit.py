@@ -219,7 +219,10 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
 
     config, accuracy = result["config"], 100 * result["metrics"]["test_accuracy"]
     plots.curves(
-        {"training, augmented": percent("accuracy"), "validation": percent("validation_accuracy")},
+        {
+            f"training{', augmented' * config['augment']}": percent("accuracy"),
+            "validation": percent("validation_accuracy"),
+        },
         directory / "training.png",
         title=f"{result['table']['title']}: {config['epochs']} epochs; {accuracy:.2f} % on test",
         x_label="epochs",

@@ -1,8 +1,8 @@
 """A pruned network in one file that runs without the code it came from, on CPUs, GPUs and TPUs.
 
 The file: one line that names the format and its version, the SHA-256 of all that follows, and a zip archive of the
-compiled program (``jax.export``), the parameters as raw bytes, and ``header.json`` with their paths, shapes and types
-and the plan. Nothing in it is a pickle: reading a file runs no code of its own.
+program (StableHLO, by ``jax.export``), the parameters as raw bytes, and ``header.json`` with their paths, shapes and
+types and the plan. Nothing in it is a pickle: reading a file runs no code of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from prune_jax.graph.schema import check_plan
 
 MAGIC, VERSION = b"prune_jax.graph network ", b"1\n"
 PLATFORMS = ("cpu", "cuda", "tpu")
+KNOWN = (*PLATFORMS, "rocm")
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -48,7 +49,8 @@ def save_exported(
             those of ``args``, which may hold symbolic sizes of their own (``jax.export.symbolic_shape``).
 
     Raises:
-        ValueError: An argument without axes cannot have a batch size; a parameter is a PRNG key.
+        ValueError: Another platform; an argument without axes, which cannot have a batch size; a parameter that is a
+            PRNG key.
         OSError: The file cannot be written.
 
     Example:
@@ -64,6 +66,8 @@ def save_exported(
 
     Reference: https://docs.jax.dev/en/latest/export/export.html (programs stay readable for at least six months).
     """
+    if isinstance(platforms, str) or not platforms or not set(platforms) <= set(KNOWN):
+        raise ValueError(f"platforms must be some of {', '.join(KNOWN)}, got {platforms!r}")
     flat, tree = jax.tree_util.tree_flatten_with_path(pruned.params)
     leaves = [x for _, x in flat]
     for where, x in flat:
@@ -98,8 +102,8 @@ def load_exported(path: str | os.PathLike) -> Pruned:
         path: The file.
 
     Returns:
-        ``fn`` (under jit and vmap too, but without derivatives), ``params`` and ``plan``. The parameters are nested
-        dicts by path, whatever they were before.
+        ``fn`` (under jit too, but neither under vmap nor with derivatives), ``params`` and ``plan``. The parameters are
+        nested dicts by path, whatever they were before.
 
     Raises:
         ValueError: Not such a file, damaged, or of a version that this library does not read.

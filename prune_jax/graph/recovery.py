@@ -9,6 +9,7 @@ instead leaves up to twice the error, and more where a layer norm was cut.)
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,9 +62,9 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
         Parameters for ``pruned.fn``.
 
     Raises:
-        ValueError: No batches, batches of different shapes, a ridge that is not positive, ``params`` of another
-            function, parameters in ``pruned`` that are not of its plan's shapes, or NaN or infinity that reaches a
-            layer to be fitted.
+        ValueError: No batches, batches of different shapes, a ridge that is not positive and finite, ``params`` of
+            another function, parameters in ``pruned`` that are not of its plan's shapes, or NaN or infinity that
+            reaches a layer to be fitted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -76,8 +77,8 @@ def recover(pruned: Pruned, fn: Callable, params: Any, batches: Iterable[Any], *
         >>> recover(small, net, params, [x], ridge=1e-6)["b"].round(2)
         Array([[2.1], [3.1]], dtype=float32)
     """
-    if not ridge > 0:
-        raise ValueError(f"ridge must be above 0, got {ridge}")
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge must be above 0 and finite, got {ridge}")
     calibration = [batch if type(batch) is tuple else (batch,) for batch in batches]  # a NamedTuple is one argument
     if not calibration:
         raise ValueError("batches must hold at least one batch of arguments, got none")

@@ -136,3 +136,10 @@ def test_a_failed_write_leaves_the_old_file(small, tmp_path, monkeypatch):
         save_exported(path, pruned, *args, platforms=["cpu"])
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("platforms", ["cpu", (), ("cpu", "gpu")])
+def test_unknown_platforms_are_named(platforms, tmp_path):
+    pruned = prune(centred, {"a": data(3, 8), "b": data(8, 2)}, data(4, 3), ratio=0.5)
+    with pytest.raises(ValueError, match="platforms must be some of cpu, cuda, tpu, rocm, got"):
+        save_exported(tmp_path / "net", pruned, data(4, 3), platforms=platforms)

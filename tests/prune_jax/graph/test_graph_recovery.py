@@ -176,8 +176,9 @@ def test_shared_weights_stay():
 def test_bad_input_is_named():
     fn, params, args = ARCHITECTURES["mlp"]()
     small = prune(fn, params, *args, ratio=0.4)
-    with pytest.raises(ValueError, match="ridge must be above 0, got 0"):
-        recover(small, fn, params, [args], ridge=0)
+    for ridge in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"ridge must be above 0 and finite, got {ridge}"):
+            recover(small, fn, params, [args], ridge=ridge)
     with pytest.raises(ValueError, match="batches must hold at least one batch"):
         recover(small, fn, params, [])
     with pytest.raises(ValueError, match=r"batches must all have the shapes .* batch 1 has"):
