@@ -150,7 +150,7 @@ PRESETS = {
             augment=False,
         ),
         "a tiny Swin on scikit-learn's handwritten digits; needs no download",
-        "11 min on one core of a busy machine",
+        "2 min on one CPU core",
         "over 90 % on the test images",
     ),
     "tiny-swin": Preset(
