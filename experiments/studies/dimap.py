@@ -84,7 +84,7 @@ PRESETS = {
         Config(base="swin-digits-0", sparsities=(0.3, 0.5, 0.7, 0.9), epochs=5.0),
         "the tiny Swin of `vit swin-digits`, five epochs of fine-tuning each",
         "2 min on one CPU core",
-        "after training 88 to 91 % up to 70 % removed, DIMAP best at 50 %; LAMP best at 90 %",
+        "after training 88 to 91 % up to 70 % removed; LAMP best at 50 and 90 %",
     ),
     "tiny": Preset(
         Config(base="tiny-swin-0", methods=("global", "dimap"), sparsities=(0.5,), epochs=0.5, batch_size=32),
