@@ -95,7 +95,13 @@ CASES = [
 
 
 # The dearest checks run in the quick suite on two transforms that own state and masks, on the others in the slow one.
-DEAR = {"trains_a_batch_of_models_under_vmap", "scans_thousands_of_steps_as_a_loop_would"}
+DEAR = {
+    "keeps_dtypes_also_under_cond",
+    "keeps_the_sharding_of_its_state",
+    "resumes_from_a_checkpoint_bit_for_bit",
+    "scans_thousands_of_steps_as_a_loop_would",
+    "trains_a_batch_of_models_under_vmap",
+}
 
 
 def of_matrix(check, case):

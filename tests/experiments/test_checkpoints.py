@@ -144,6 +144,7 @@ def files_of(directory):
     return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_any_damage_in_any_file_is_harmless_or_found(two_saved, tmp_path, mesh, open_checkpoints):
     like = state_of(mesh, 0)
     files = files_of(two_saved / "2")

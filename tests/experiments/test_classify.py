@@ -77,6 +77,7 @@ def test_it_learns_chooses_on_validation_and_draws(functasets, tmp_path):
 
 
 @pytest.mark.parametrize("head", ["conv", "residual"])
+@pytest.mark.slow
 def test_heads_for_grids_learn(functasets, tmp_path, head):
     changes = {"widths": (8, 8), "batch_size": 48, "epochs": 6, "evaluate_every": 2, "cell_dropout": 0.0}
     result = classified(tmp_path, "cifar10-spatial", head=head, learning_rate=0.01, **changes)

@@ -90,6 +90,7 @@ def test_what_does_not_fit_is_refused() -> None:
         jax.eval_shape(model.init, jax.random.key(0), IMAGES)
 
 
+@pytest.mark.slow
 def test_a_cut_cnn_trains_as_the_dense_one_with_its_channels_silent() -> None:
     model = VGG(((4, 6),), classes=3, hidden=(5,))
     x = jax.random.normal(jax.random.key(0), (8, 4, 4, 2))

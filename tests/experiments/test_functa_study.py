@@ -95,6 +95,7 @@ def test_logged_images_are_those_of_the_test_set(tiny: tuple[Path, dict]) -> Non
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-grid", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_fit_does_not_depend_on_the_padding(name: str) -> None:
     """A set that does not fill the last block gives each image the error that it has alone."""
     import jax

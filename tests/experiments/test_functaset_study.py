@@ -42,6 +42,7 @@ def test_presets_are_consistent(name):
     assert preset.functa.rpartition("-")[0]
 
 
+@pytest.mark.slow
 def test_the_latents_are_those_of_the_functa(whole):
     found = sets(whole)
     assert set(found) == {"train", "validation", "test", "train-1"}
@@ -89,6 +90,7 @@ def test_killed_it_goes_on_from_its_chunks(whole, start, tmp_path):
         np.testing.assert_array_equal(part.latents, expected[name])
 
 
+@pytest.mark.slow
 def test_done_parts_are_kept_and_those_of_another_recipe_or_model_made_again(whole, execute, tmp_path):
     shutil.copytree(whole, tmp_path / "runs")
     directory = tmp_path / "runs" / "functaset" / "tiny-0"

@@ -152,6 +152,7 @@ def test_classical_methods_do_their_work() -> None:
         classical.block_means(ramp, 3)
 
 
+@pytest.mark.slow
 def test_restoring_does_not_depend_on_the_block() -> None:
     functa = functa_study.build(functa_study.PRESETS["tiny"].config, (8, 8, 1), data_mesh())
     variables, rates = functa.initialise(jax.random.key(0), rate=None, rate_scale=1.0)

@@ -74,6 +74,7 @@ def test_finished_parts_are_kept_and_the_result_is_the_same(tiny: tuple[Path, di
     assert again["table"] == result["table"]
 
 
+@pytest.mark.slow
 def test_images_by_steps_beside_report_b(tmp_path: Path) -> None:
     changes = {"source": "digits", "images": 2, "sizes": (8,), "nets": ((16, 2),), "steps": 20, "marks": (10, 20)}
     directory, result = run_preset(tmp_path, "siren", "steps", **changes, steps_per_call=10, checkpoint_every=10)

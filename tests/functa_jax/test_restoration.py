@@ -99,6 +99,7 @@ def test_inpainting_reads_the_known_pixels_only_and_keeps_them():
         np.testing.assert_array_equal(np.asarray(found)[b].reshape(30, 1)[known[b]], flat[b, known[b]])
 
 
+@pytest.mark.slow
 def test_a_network_is_fitted_as_fit_latents_does():
     model = ModulatedSiren(width=16, depth=3, out_features=3, w0=5.0)
     coords, latent = coordinate_grid((6, 6)), jnp.zeros(4)

@@ -152,6 +152,7 @@ def test_gradients_of_a_batch_are_those_of_single_images(points, interpolation):
     check_batch_gradients(model, params, shared if points == "shared" else own, latents)
 
 
+@pytest.mark.slow
 def test_grids_are_fitted_like_vectors():
     """The inner loop, batched or not, lowers the error at rates well below 2 / curvature."""
     model = SpatialModulatedSiren(**SMALL | {"out_features": 1}, modulate="both")

@@ -87,6 +87,7 @@ def test_watching_leaves_the_dense_run_alone():
     np.testing.assert_allclose(seen.similarity, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scorers_learn_which_patches_a_block_changes():
     method = PatchSkip(MODEL, hidden=16)
     variables = wrapped(method)

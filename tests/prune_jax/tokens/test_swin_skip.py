@@ -71,6 +71,7 @@ def test_tokens_are_those_counted_and_one_program_serves_all_batches():
     assert [now.sum(-1).tolist() for now in kept] == [[n, n] for n in square.tokens]
 
 
+@pytest.mark.slow
 def test_scorers_decide_in_threshold_mode_and_can_be_trained():
     method = SwinPatchSkip(SWIN, image_size=SIZE)
     variables = start(method, WIDE)
