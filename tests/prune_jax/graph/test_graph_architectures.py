@@ -34,7 +34,7 @@ CRITERIA = {
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", ["mlp", "vgg"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_cut_equals_zeroed_by_other_scores(name, criterion):
     fn, params, (x,) = ARCHITECTURES[name]()
     scores = CRITERIA[criterion](fn, params, x, jnp.arange(len(x)) % 2)
