@@ -221,11 +221,12 @@ def panels(
     figure = Figure(figsize=(1.9 + 3.1 * len(series), 3.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(series), sharex=True, sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for lines in series.values() for name in lines))
-    plain = [name for name in names if name not in (variants or {})]
+    variants = variants or {}
+    plain = [name for name in names if name not in variants]
     looks = {name: _line(plain.index(name)) for name in plain}
-    for name, whose in (variants or {}).items():
+    for name, whose in variants.items():
         if name in names:
-            shown = sum(of == whose for other, of in (variants or {}).items() if other in looks)
+            shown = sum(of == whose for other, of in variants.items() if other in looks)
             looks[name] = (looks[whose][0] if whose in looks else _line(len(looks))[0], ("--", ":")[shown])
     handles: dict[str, Any] = {}
     for axis, (panel, lines) in zip(axes, series.items(), strict=True):

@@ -220,7 +220,7 @@ def draw(directory: Path, result: dict[str, Any]) -> None:
     config, accuracy = result["config"], 100 * result["metrics"]["test_accuracy"]
     plots.curves(
         {
-            f"training{', augmented' * config['augment']}": percent("accuracy"),
+            "training, augmented" if config["augment"] else "training": percent("accuracy"),
             "validation": percent("validation_accuracy"),
         },
         directory / "training.png",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prune_jax.graph.labels import Free, Label, is_number
+from prune_jax.graph.labels import Free, Label, is_number, rows_of
 
 if TYPE_CHECKING:
     from prune_jax.graph.steps import Value
@@ -25,7 +25,7 @@ class Cut:
         ids = labels[axis]
         assert isinstance(ids, np.ndarray)
         mask = self.alive[ids]
-        rows = [d for d, n in enumerate(ids.shape) if n > 1 and d != axis and isinstance(labels[d], np.ndarray)]
+        rows = [d for d in rows_of(ids, axis) if isinstance(labels[d], np.ndarray)]
         for d in sorted(rows, key=lambda d: _size(labels[d])):
             mask = np.take_along_axis(mask, self.index(labels, d), axis=d)
         return mask

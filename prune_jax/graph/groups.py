@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from prune_jax.graph.describe import axis_table, describe, frozen_axes
 from prune_jax.graph.elements import FROZEN
+from prune_jax.graph.labels import rows_of
 from prune_jax.graph.program import Pin, Program, read_program
 
 
@@ -320,7 +321,7 @@ def _members(program: Program, within: sparse.csr_matrix, starts: np.ndarray) ->
     members: list[list[Member]] = [[] for _ in starts[1:]]
     for part in np.split(np.arange(len(unit)), edges) if len(unit) else []:
         g, (leaf, axis, label) = group[part[0]], axes[which[part[0]]]
-        rows = tuple(d for d, n in enumerate(label.shape) if n > 1 and d != axis)
+        rows = tuple(rows_of(label, axis))
         places = np.stack(np.unravel_index(place[part] - offsets[which[part[0]]], label.shape), axis=1)
         members[g].append(
             Member(program.leaves[leaf].name, axis, rows, unit[part] - starts[g], places[:, [*rows, axis]])

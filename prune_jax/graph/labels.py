@@ -44,6 +44,11 @@ def place(ids: np.ndarray, axis: int, rank: int) -> np.ndarray:
     return ids.reshape([ids.size if d == axis else 1 for d in range(rank)])
 
 
+def rows_of(ids: np.ndarray, axis: int) -> list[int]:
+    """The axes along which the positions of ``axis`` differ."""
+    return [d for d, n in enumerate(ids.shape) if n > 1 and d != axis]
+
+
 def is_number(size: Any) -> bool:
     """Whether an axis length is a number and not a symbol."""
     return isinstance(size, int | np.integer)
@@ -99,6 +104,15 @@ def concrete(elements: Elements, labels: list[Label], axis: int, shape: tuple) -
         labels[axis] = ids
         return ids
     return label
+
+
+def alone(elements: Elements, labels: list[Label], axis: int, shape: tuple) -> np.ndarray | None:
+    """The axis' elements as a 1-d array, made independent of all other axes."""
+    ids = concrete(elements, labels, axis, shape)
+    if ids is None:
+        return None
+    labels[axis] = ids = elements.collapse(ids, tuple(d for d in range(ids.ndim) if d != axis))
+    return ids.ravel()
 
 
 def recognise(free: Free, labels: list[Label], axis: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from prune_jax.graph.cut import Cut, take
 from prune_jax.graph.describe import frozen_axes
 from prune_jax.graph.elements import FROZEN
-from prune_jax.graph.labels import is_number
+from prune_jax.graph.labels import is_number, rows_of
 from prune_jax.graph.program import Leaf, Program, keys
 from prune_jax.graph.schema import FORMAT, VERSION, check_plan
 
@@ -35,7 +35,7 @@ def make_plan(program: Program, dead: np.ndarray) -> dict:
             index = cut.index(leaf.labels, axis)
             if index.shape[axis] == leaf.shape[axis]:
                 continue
-            rows = _rows(label, axis)
+            rows = rows_of(label, axis)
             table = np.moveaxis(index, axis, -1)
             table = table.reshape([n for d, n in enumerate(index.shape) if d in rows] + [index.shape[axis]])
             keep.append({"axis": axis, "rows": rows, "positions": table.tolist()})
@@ -113,16 +113,11 @@ def _held(program: Program, removed: list[tuple[Leaf, int, np.ndarray]]) -> str:
     )
 
 
-def _rows(label: np.ndarray, axis: int) -> list[int]:
-    """The axes along which the positions of ``axis`` differ."""
-    return [d for d, n in enumerate(label.shape) if n > 1 and d != axis]
-
-
 def _in_living_rows(cut: Cut, leaf: Leaf, axis: int) -> np.ndarray:
     """The elements along an axis, in the surviving rows only."""
     ids = leaf.labels[axis]
     assert isinstance(ids, np.ndarray)
-    return cut.array(ids, [label if d in _rows(ids, axis) else None for d, label in enumerate(leaf.labels)])
+    return cut.array(ids, [label if d in rows_of(ids, axis) else None for d, label in enumerate(leaf.labels)])
 
 
 def _check_rows(leaf: Leaf, keep: dict) -> None:
@@ -132,10 +127,10 @@ def _check_rows(leaf: Leaf, keep: dict) -> None:
         raise ValueError(
             f"plan cuts {leaf.name!r} axis {axis}, which must keep its size (pinned, an input or an output)"
         )
-    if not set(keep["rows"]) <= set(_rows(label, axis)):
+    if not set(keep["rows"]) <= set(rows_of(label, axis)):
         raise ValueError(
             f"plan is for another function: the positions of {leaf.name!r} axis {axis} depend on axes "
-            f"{_rows(label, axis)} here and on {keep['rows']} in the plan"
+            f"{rows_of(label, axis)} here and on {keep['rows']} in the plan"
         )
 
 
@@ -144,7 +139,7 @@ def _removed(leaf: Leaf, entries: dict[int, dict], keep: dict) -> np.ndarray:
     axis, rows = keep["axis"], keep["rows"]
     label = leaf.labels[axis]
     assert isinstance(label, np.ndarray)
-    own = _rows(label, axis)
+    own = rows_of(label, axis)
     ids = _cut_leaf(label, [entries[d] for d in own if d in entries])
     ids = np.moveaxis(ids, axis, -1).reshape(*[ids.shape[d] for d in own], label.shape[axis])
     positions = np.asarray(keep["positions"], int)

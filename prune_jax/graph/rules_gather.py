@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut, take
-from prune_jax.graph.labels import Label, concrete, mix, place, settle, unify
+from prune_jax.graph.labels import Label, alone, mix, place, settle, unify
 from prune_jax.graph.rules_index import pick
 from prune_jax.graph.rules_shape import drop, labelled
 from prune_jax.graph.steps import Run, Value, shape_of
@@ -55,12 +55,12 @@ def gather(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Ru
     labels = [None] * len(out_shape)
     window = [d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims and d not in batching]
     for d, out in zip(window, numbers.offset_dims, strict=True):
-        labels[out] = _alone(walk, operand, d, shape, out, len(out_shape))
+        labels[out] = _placed(walk, operand, d, shape, out, len(out_shape))
     batch_out = [d for d in range(len(out_shape)) if d not in numbers.offset_dims]
     for d, out in enumerate(batch_out):
-        labels[out] = _alone(walk, indices, d, index_shape, out, len(out_shape))
+        labels[out] = _placed(walk, indices, d, index_shape, out, len(out_shape))
     for d, i in zip(batching, numbers.start_indices_batching_dims, strict=True):
-        label = _alone(walk, operand, d, shape, batch_out[i], len(out_shape))
+        label = _placed(walk, operand, d, shape, batch_out[i], len(out_shape))
         other = labels[batch_out[i]]
         if isinstance(label, np.ndarray) and isinstance(other, np.ndarray):
             elements.union(label, other)
@@ -103,14 +103,10 @@ def _is_row(labels: list[Label], axis: int) -> bool:
     return any(isinstance(x, np.ndarray) and x.shape[axis] > 1 for x in labels)
 
 
-def _alone(walk: Walk, labels: list[Label], axis: int, shape: tuple, out: int, rank: int) -> Label:
+def _placed(walk: Walk, labels: list[Label], axis: int, shape: tuple, out: int, rank: int) -> Label:
     """An axis' label, made independent of all others, in a new place."""
-    ids = concrete(walk.elements, labels, axis, shape)
-    if ids is None:
-        return None
-    ids = walk.elements.collapse(ids, tuple(d for d in range(ids.ndim) if d != axis))
-    labels[axis] = ids
-    return place(ids, out, rank)
+    ids = alone(walk.elements, labels, axis, shape)
+    return None if ids is None else place(ids, out, rank)
 
 
 def dynamic_slice(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], Run | None]:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut
-from prune_jax.graph.labels import Label, concrete, is_number, settle
+from prune_jax.graph.labels import alone, is_number, settle
 from prune_jax.graph.rules_shape import labelled
 from prune_jax.graph.steps import Run, Value
 from prune_jax.graph.walk import Walk
@@ -45,7 +45,7 @@ def scatter(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], R
             if u is not None:
                 settle(elements, updates, u)
             continue
-        a, b = _alone(walk, operand, d, shape), _alone(walk, updates, u, update_shape)
+        a, b = alone(elements, operand, d, shape), alone(elements, updates, u, update_shape)
         if a is None or b is None:
             settle(elements, operand, d)
             settle(elements, updates, u)
@@ -54,9 +54,9 @@ def scatter(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[Value], R
     if axis is None:
         return labelled(eqn, operand), None
 
-    ids = _alone(walk, operand, axis, shape)
+    ids = alone(elements, operand, axis, shape)
     if own is not None:
-        new = _alone(walk, updates, own, update_shape)
+        new = alone(elements, updates, own, update_shape)
         if new is not None and ids is not None:
             elements.union(new, ids[places])
         elif ids is not None:
@@ -98,15 +98,6 @@ def _known_places(ins: list[Value], numbers: Any, partner: dict[int, int]) -> tu
     if places.size and not 0 <= places.min() <= places.max() < shape[axes[0]]:
         return None
     return axes[0], places, own
-
-
-def _alone(walk: Walk, labels: list[Label], axis: int, shape: tuple) -> np.ndarray | None:
-    """An axis' elements, made independent of all other axes."""
-    ids = concrete(walk.elements, labels, axis, shape)
-    if ids is None:
-        return None
-    labels[axis] = ids = walk.elements.collapse(ids, tuple(d for d in range(ids.ndim) if d != axis))
-    return ids.ravel()
 
 
 SCATTER_RULES = dict.fromkeys(

@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.graph.cut import Cut
-from prune_jax.graph.labels import Free, Label, is_number, mix, settle, static, unify
+from prune_jax.graph.labels import Free, Label, is_number, mix, rows_of, settle, static, unify
 from prune_jax.graph.steps import Run, Value, bind, shape_of
 from prune_jax.graph.walk import Walk
 
@@ -77,8 +77,7 @@ def _seek_nesting(walk: Walk, a: list[Label], b: list[Label]) -> None:
     for table, plain in ((a, b), (b, a)):
         for axis, label in enumerate(table):
             if isinstance(label, np.ndarray):
-                rows = tuple(d for d, n in enumerate(label.shape) if n > 1 and d != axis)
-                for row in rows:
+                for row in rows_of(label, axis):
                     walk.seek_nesting(plain, (row, axis))
 
 
@@ -156,7 +155,7 @@ def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, ins: list[Value]) -> tuple[list[
             labels[out] = _reframe(label, where, len(shape))
             copied = [e for e in copied if e != out]
     dims = tuple(where)
-    shares = walk.backward and source.divided is not None and source.divided == math.prod(shape[d] for d in copied)
+    shares = source.divided is not None and source.divided == math.prod(shape[d] for d in copied) and walk.backward
 
     def run(cut: Cut, x: Any, *sizes: Any) -> list:
         new = cut.shape(labels, shape)
